@@ -1,0 +1,226 @@
+/* pydflash.h: the whole C interface of libpydflash.
+ *
+ * A model (pf_model: target, pf_draft: drafter) is immutable memory-mapped weights; any number of sessions may share
+ * one, and it must outlive them. A session (pf_session) is one timeline of tokens: KV cache, recurrent state, drafter
+ * cache, sampler settings. Between calls a session stands at n committed tokens plus one pending token, which has been
+ * chosen but not yet evaluated.
+ *
+ * Threads: different sessions may be used from different threads at once; one session from one thread at a time.
+ *
+ * Errors: a function that can fail returns PF_OK or a PF_ERR_* status; pf_last_error() then gives the sentence for the
+ * calling thread. Nothing here throws, aborts or exits on data. After an error a session stands where it stood, or is
+ * reset when the sentence says so.
+ *
+ * Options structs begin with their own size: fill them with the matching *_default() first, then change fields.
+ * Arrays are row-major, the last index running fastest. Strings are UTF-8.
+ */
+#ifndef PYDFLASH_H
+#define PYDFLASH_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifndef PF_API
+#define PF_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define PF_ABI_VERSION 1
+#define PF_MAX_NODES 64 /* tree nodes a verify pass can hold, the root included */
+
+enum {
+    PF_OK = 0,
+    PF_ERR_ARGUMENT = 1,    /* a value the caller passed */
+    PF_ERR_FILE = 2,        /* a file that cannot be opened or read */
+    PF_ERR_FORMAT = 3,      /* a malformed file; the sentence names file, field and offset */
+    PF_ERR_UNSUPPORTED = 4, /* a well-formed file that this runtime does not run */
+    PF_ERR_MISMATCH = 5,    /* drafter and target do not belong together */
+    PF_ERR_MEMORY = 6,      /* an allocation that did not fit */
+    PF_ERR_CONTEXT = 7,     /* n_ctx is used up */
+    PF_ERR_STATE = 8,       /* calls in an order that cannot be */
+    PF_ERR_INTERNAL = 9     /* a bug of ours, or the backend failed */
+};
+
+PF_API int pf_abi_version(void);
+PF_API const char * pf_last_error(void); /* of this thread; valid until its next failing call */
+
+/* ---- GGUF files: checked reading of metadata and tensor headers --------------------------------------------- */
+
+typedef struct pf_gguf pf_gguf;
+
+typedef struct pf_tensor_info {
+    const char * name; /* owned by the pf_gguf */
+    int32_t type;      /* ggml_type */
+    int64_t ne[4];     /* ggml order: ne[0] runs fastest */
+    uint64_t offset;   /* bytes from the start of the file */
+    uint64_t size;     /* bytes */
+} pf_tensor_info;
+
+PF_API int pf_gguf_open(const char * path, pf_gguf ** out);
+PF_API void pf_gguf_free(pf_gguf * gguf);
+PF_API uint64_t pf_gguf_n_keys(const pf_gguf * gguf);
+PF_API const char * pf_gguf_key(const pf_gguf * gguf, uint64_t index);
+/* Value type of a key (gguf's numbering: 8 string, 9 array, ...), -1 when absent; element type for an array. */
+PF_API int pf_gguf_type(const pf_gguf * gguf, const char * key);
+PF_API int pf_gguf_array_type(const pf_gguf * gguf, const char * key);
+PF_API int pf_gguf_get_int(const pf_gguf * gguf, const char * key, int64_t * out); /* any integer type or bool */
+PF_API int pf_gguf_get_float(const pf_gguf * gguf, const char * key, double * out);
+PF_API int pf_gguf_get_string(const pf_gguf * gguf, const char * key, const char ** out, uint64_t * n_bytes);
+/* Numbers and bools as they lie in the file (little-endian, packed). */
+PF_API int pf_gguf_get_array(const pf_gguf * gguf, const char * key, const void ** data, uint64_t * n);
+/* All strings joined in one blob; string i is blob[offsets[i]] .. blob[offsets[i + 1]] (n + 1 offsets). */
+PF_API int pf_gguf_get_strings(const pf_gguf * gguf, const char * key, const char ** blob, const uint64_t ** offsets,
+                               uint64_t * n);
+PF_API uint64_t pf_gguf_n_tensors(const pf_gguf * gguf);
+PF_API int pf_gguf_tensor(const pf_gguf * gguf, uint64_t index, pf_tensor_info * out);
+
+/* ---- quantisation (for tools that write model files) --------------------------------------------------------- */
+
+PF_API int pf_type_from_name(const char * name); /* ggml's names ("f16", "q4_K", ...); -1 when unknown */
+PF_API const char * pf_type_name(int type);      /* NULL when unknown */
+PF_API int64_t pf_row_size(int type, int64_t n_per_row); /* bytes; -1 when the type or length does not allow it */
+PF_API int pf_quantize(int type, const float * src, int64_t n_per_row, int64_t n_rows, void * dst, uint64_t dst_size);
+PF_API int pf_dequantize(int type, const void * src, uint64_t src_size, int64_t n_values, float * dst);
+
+/* ---- models -------------------------------------------------------------------------------------------------- */
+
+typedef struct pf_model pf_model;
+typedef struct pf_draft pf_draft;
+
+typedef struct pf_model_info {
+    uint32_t size;
+    int32_t n_vocab;
+    int32_t n_embd;
+    int32_t n_layer;     /* trunk layers; an MTP block is not counted */
+    int32_t n_ctx_train; /* the context length the file states */
+    uint64_t n_params;
+    uint64_t n_bytes;    /* of weights used */
+} pf_model_info;
+
+typedef struct pf_draft_info {
+    uint32_t size;
+    int32_t n_layer;
+    int32_t block_size;
+    int32_t mask_token_id;
+    int32_t n_taps;
+    int32_t taps[32];    /* as target_layers counts: tap k is the input of layer k */
+    uint64_t n_params;
+    uint64_t n_bytes;
+} pf_draft_info;
+
+PF_API int pf_model_open(const char * path, pf_model ** out);
+PF_API void pf_model_free(pf_model * model);
+PF_API int pf_model_get_info(const pf_model * model, pf_model_info * out);
+/* The drafter is checked against the target it will serve: width, vocabulary, tapped layers. */
+PF_API int pf_draft_open(const char * path, const pf_model * target, pf_draft ** out);
+PF_API void pf_draft_free(pf_draft * draft);
+PF_API int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out);
+
+/* ---- sessions ------------------------------------------------------------------------------------------------ */
+
+typedef struct pf_session pf_session;
+
+typedef struct pf_session_params {
+    uint32_t size;
+    int32_t n_ctx;     /* tokens the session can hold; 0: what the model was trained for, at most 4096 */
+    int32_t type_k;    /* ggml_type of the K cache: f32, f16, q8_0 or q4_0 */
+    int32_t type_v;
+    int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
+    int32_t n_ring;    /* slots of the target-feature ring and of the drafter's context K/V ring */
+    int32_t n_threads; /* 0: one per core this process may use */
+} pf_session_params;
+
+enum { PF_SHAPE_TREE = 0, PF_SHAPE_CHAIN = 1 };
+
+typedef struct pf_generate_params {
+    uint32_t size;
+    int32_t budget;         /* tree nodes besides the root, 0 to 63; 0 is plain decoding */
+    int32_t shape;          /* PF_SHAPE_*: a chain is a tree without branches */
+    float temperature;      /* 0: greedy */
+    int32_t top_k;          /* 0: off */
+    float top_p;            /* 1: off */
+    float min_p;            /* 0: off */
+    uint64_t seed;
+    const int32_t * stop_ids; /* copied */
+    uint64_t n_stop_ids;
+} pf_generate_params;
+
+/* What one step did. Times are milliseconds. */
+typedef struct pf_step_result {
+    uint32_t size;
+    int32_t n_tokens;        /* tokens the target said in this step, at least 1 */
+    int32_t tokens[PF_MAX_NODES];
+    int32_t n_nodes;         /* real nodes in the verified tree, the root included */
+    int32_t max_depth;       /* depth of the tree offered; the root has 0 */
+    int32_t stopped;         /* 1: the last token is one of stop_ids */
+    double draft_ms, build_ms, verify_ms, accept_ms;
+} pf_step_result;
+
+PF_API void pf_session_params_default(pf_session_params * params);
+PF_API void pf_generate_params_default(pf_generate_params * params);
+PF_API int pf_session_open(const pf_model * target, const pf_draft * draft /* may be NULL */,
+                           const pf_session_params * params, pf_session ** out);
+PF_API void pf_session_free(pf_session * session);
+PF_API int pf_session_reset(pf_session * session); /* back to the empty timeline */
+PF_API int pf_session_n_ctx(const pf_session * session);
+PF_API int64_t pf_session_n_tokens(const pf_session * session); /* committed plus pending */
+
+/* Extends the timeline. Everything but the last token is evaluated in chunks of n_batch; the last one becomes pending.
+ * Give few tokens a call to show progress or to be interruptible in between. */
+PF_API int pf_session_append(pf_session * session, const int32_t * ids, uint64_t n);
+
+/* Settings for the steps that follow. */
+PF_API int pf_session_configure(pf_session * session, const pf_generate_params * params);
+/* Draft, build the tree, verify it in one target pass, accept. At most max_tokens tokens come back. */
+PF_API int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out);
+/* Commits the first n_keep (1 to n_tokens) tokens of the last step; what follows them never happened. Each step must be
+ * committed before the next call that moves the timeline; reset forgets it. commit_ms may be NULL. */
+PF_API int pf_session_commit(pf_session * session, int32_t n_keep, double * commit_ms);
+
+/* For anyone who wants to check us. Each replaces the timeline and leaves it empty. n is at most n_ctx. */
+PF_API int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out /* [n, n_vocab] */);
+PF_API int pf_session_hidden(pf_session * session, const int32_t * ids, uint64_t n, const int32_t * layers,
+                             int32_t n_layers, float * out /* [n, n_layers, n_embd] */);
+PF_API int pf_session_draft_logits(pf_session * session, const int32_t * ids, uint64_t n,
+                                   float * out /* [block_size - 1, n_vocab] */);
+
+/* ---- the parts of a step, by themselves ---------------------------------------------------------------------- */
+
+/* Exact log-probabilities (log-softmax over the whole row) of the k likeliest tokens, likeliest first, ties by id. */
+PF_API int pf_top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp);
+
+/* How often the drafter proves right, learned: rate[deviations][bin] is the chance that the rank-0 token is the target's
+ * when the path so far was accepted, has that many non-rank-0 tokens (the last row: that many or more), and the drafter's
+ * own probability of the rank-0 token falls in bin (of n_bins equal bins over [0, 1]). The other ranks share the rest in
+ * proportion to their own probabilities. NULL everywhere below means identity: the drafter's probabilities as they are. */
+typedef struct pf_calibration {
+    int32_t n_deviations;
+    int32_t n_bins;
+    const float * rate; /* [n_deviations, n_bins] */
+} pf_calibration;
+
+/* DDTree: the likeliest prefix-closed set of `budget` nodes besides the root, best first over cumulative
+ * log-probability, ties by the tuple of ranks along the path. Nodes come numbered: root 0, then the rank-0 path in
+ * order, then the rest, parents before children. ids and logp are [n_depth, n_rank], row d for depth d + 1, ranks in
+ * falling order. Outputs hold PF_MAX_NODES entries: token (root's: root_token), parent (-1 for the root), depth, rank,
+ * score (cumulative calibrated log-probability, 0 for the root). */
+PF_API int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget,
+                         int32_t shape, const pf_calibration * calibration, int32_t root_token, int32_t * token,
+                         int32_t * parent, int32_t * depth, int32_t * rank, float * score, int32_t * n_nodes);
+
+/* The target's choice from one row of logits at a position of the timeline: argmax (ties: lowest id) at temperature 0,
+ * else the one draw that (seed, position) stand for. */
+PF_API int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, int64_t position,
+                     int32_t * token);
+/* The distribution pf_sample draws from. */
+PF_API int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_params * params,
+                           double * probs /* [n_vocab] */);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif
