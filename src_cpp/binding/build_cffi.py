@@ -1,0 +1,35 @@
+"""Write the C source of `_pydflash._core` from pydflash.h.
+
+Owns the step from the C header to cffi declarations. cffi's parser knows no preprocessor, so the header keeps to
+plain declarations and integer `#define`s, and this removes the rest. The result includes the real header, so the C
+compiler checks every declaration against it: what was misread here does not compile.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import cffi
+
+
+def cdef_from_header(header: str) -> str:
+    """The declarations of a C header, as cffi reads them."""
+    text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
+    text = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", text, flags=re.DOTALL | re.MULTILINE)
+    constants = re.findall(r"^#define (PF_\w+) +\(?-?\w+\)? *$", text, flags=re.MULTILINE)
+    text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\bPF_API\b", "", text)
+    return "".join(f"#define {name} ...\n" for name in constants) + text
+
+
+def main(header: Path, output: Path) -> None:
+    builder = cffi.FFI()
+    builder.cdef(cdef_from_header(header.read_text()))
+    builder.set_source("_pydflash._core", f'#include "{header.name}"')
+    builder.emit_c_code(str(output))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
