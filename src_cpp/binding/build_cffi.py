@@ -18,10 +18,9 @@ def cdef_from_header(header: str) -> str:
     """The declarations of a C header, as cffi reads them."""
     text = re.sub(r"/\*.*?\*/", "", header, flags=re.DOTALL)
     text = re.sub(r"^#ifdef __cplusplus$.*?^#endif$", "", text, flags=re.DOTALL | re.MULTILINE)
-    constants = re.findall(r"^#define (PF_\w+) +\(?-?\w+\)? *$", text, flags=re.MULTILINE)
-    text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"\bPF_API\b", "", text)
-    return "".join(f"#define {name} ...\n" for name in constants) + text
+    # Of the directives only integer constants stay; array lengths need their values.
+    text = re.sub(r"^#(?!define PF_\w+ +-?\w+ *$).*$", "", text, flags=re.MULTILINE)
+    return re.sub(r"\bPF_API\b", "", text)
 
 
 def main(header: Path, output: Path) -> None:
