@@ -1,0 +1,66 @@
+// The C interface to the parts of a step: checks what the caller passed, then calls spec/.
+#include <algorithm>
+
+#include "api_guard.h"
+#include "spec/sampler.h"
+#include "spec/tree.h"
+
+namespace {
+
+void check_logits(const float * logits, int32_t n_vocab) {
+    pf::require(n_vocab >= 1, "n_vocab must be at least 1");
+    pf::require(logits, "logits must not be NULL");
+    pf::require(pf::usable_logits(logits, n_vocab), "logits must hold no NaN and no +inf, and not only -inf");
+}
+
+pf::Sampler make_sampler(int32_t n_vocab, const pf_generate_params * params) {
+    pf::require(params, "params must not be NULL");
+    pf::require(params->size == sizeof(pf_generate_params),
+                "params.size is wrong; fill params with pf_generate_params_default() first");
+    return pf::Sampler(n_vocab, *params);
+}
+
+} // namespace
+
+int pf_top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp) {
+    return pf::guard([&] {
+        check_logits(logits, n_vocab);
+        pf::require(k >= 1 && k <= n_vocab, "k must be 1 to n_vocab");
+        pf::require(ids && logp, "ids and logp must not be NULL");
+        pf::top_k(logits, n_vocab, k, ids, logp);
+    });
+}
+
+int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget,
+                  int32_t shape, const pf_calibration * calibration, int32_t root_token, int32_t * token,
+                  int32_t * parent, int32_t * depth, int32_t * rank, float * score, int32_t * n_nodes) {
+    return pf::guard([&] {
+        pf::require(token && parent && depth && rank && score && n_nodes, "the output arrays must not be NULL");
+        pf::Tree tree;
+        pf::build_tree(ids, logp, n_depth, n_rank, budget, shape, calibration, root_token, tree);
+        std::copy_n(tree.token, tree.n_nodes, token);
+        std::copy_n(tree.parent, tree.n_nodes, parent);
+        std::copy_n(tree.depth, tree.n_nodes, depth);
+        std::copy_n(tree.rank, tree.n_nodes, rank);
+        std::copy_n(tree.score, tree.n_nodes, score);
+        *n_nodes = tree.n_nodes;
+    });
+}
+
+int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, int64_t position,
+              int32_t * token) {
+    return pf::guard([&] {
+        check_logits(logits, n_vocab);
+        pf::require(position >= 0, "position must not be negative");
+        pf::require(token, "token must not be NULL");
+        *token = make_sampler(n_vocab, params).sample(logits, position);
+    });
+}
+
+int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_params * params, double * probs) {
+    return pf::guard([&] {
+        check_logits(logits, n_vocab);
+        pf::require(probs, "probs must not be NULL");
+        make_sampler(n_vocab, params).probs(logits, probs);
+    });
+}

@@ -1,0 +1,191 @@
+// Written so that the compiler vectorises the passes without being allowed to reorder arithmetic: reductions go over
+// fixed lanes, exp is a polynomial without branches.
+#include "spec/logits.h"
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "error.h"
+
+namespace pf {
+namespace {
+
+constexpr float inf = std::numeric_limits<float>::infinity();
+constexpr int32_t lanes = 16;
+constexpr int32_t block = 256;
+
+struct Peak {
+    float max;  // of what is not NaN
+    bool wrong; // NaN or +inf among them
+};
+
+Peak peak(const float * x, int32_t n) {
+    float max[lanes];
+    int32_t wrong[lanes] = {};
+    std::fill_n(max, lanes, -inf);
+    int32_t i = 0;
+    for (; i + lanes <= n; i += lanes) {
+        for (int32_t j = 0; j < lanes; ++j) {
+            max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
+            wrong[j] |= !(x[i + j] < inf);
+        }
+    }
+    for (; i < n; ++i) {
+        max[0] = x[i] > max[0] ? x[i] : max[0];
+        wrong[0] |= !(x[i] < inf);
+    }
+    Peak all{-inf, false};
+    for (int32_t j = 0; j < lanes; ++j) {
+        all.max = std::max(all.max, max[j]);
+        all.wrong |= wrong[j] != 0;
+    }
+    return all;
+}
+
+[[noreturn]] void throw_unusable(const float * logits, int32_t n_vocab) {
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        if (!(logits[i] < inf)) {
+            throw Error(PF_ERR_INTERNAL, "the model produced logits that are not finite (" +
+                                             std::string(std::isnan(logits[i]) ? "NaN" : "+inf") + " at token " +
+                                             std::to_string(i) + "); its weights are damaged or overflow");
+        }
+    }
+    throw Error(PF_ERR_INTERNAL, "every logit is -inf, so no token can be chosen");
+}
+
+// exp(x) for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor series of exp(r), whose first term left out is
+// r^8 / 8! < 6e-9.
+inline float exp_of_negative(float x) {
+    constexpr float smallest = -87.33654f;   // exp gives the smallest normal number
+    constexpr float round_bias = 12582912.f; // 1.5 * 2^23: adding it leaves no fraction bits
+    constexpr float ln2_high = 0x1.62e4p-1f; // few bits, so that n * ln2_high is exact
+    constexpr float ln2_low = 1.42860682e-6f;
+    const float y = x > smallest ? x : smallest;
+    const float n = (y * 1.44269504f + round_bias) - round_bias;
+    const float r = (y - n * ln2_high) - n * ln2_low;
+    float p = 1.f / 5040;
+    p = p * r + 1.f / 720;
+    p = p * r + 1.f / 120;
+    p = p * r + 1.f / 24;
+    p = p * r + 1.f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.f;
+    p = p * r + 1.f;
+    const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23; // 2^n, n in -126 .. 0
+    float power;
+    std::memcpy(&power, &exponent, sizeof power);
+    return x > smallest ? p * power : 0.f;
+}
+
+double sum_exp(const float * x, int32_t n, float max) {
+    double total = 0;
+    float weights[block];
+    for (int32_t start = 0; start < n; start += block) {
+        const int32_t count = std::min(block, n - start);
+        exp_weights(x + start, count, max, 1, weights);
+        std::fill(weights + count, weights + block, 0.f);
+        float sum[lanes] = {}; // of 16 each, in float; of these, in double
+        for (int32_t i = 0; i < block; i += lanes) {
+            for (int32_t j = 0; j < lanes; ++j) {
+                sum[j] += weights[i + j];
+            }
+        }
+        for (int32_t j = 0; j < lanes; ++j) {
+            total += sum[j];
+        }
+    }
+    return total;
+}
+
+// best_keys for few k; keys holds k. A heap with the worst of them on top; whole blocks that cannot beat it are skipped.
+void heap_best_keys(const float * logits, int32_t n_vocab, int32_t k, uint64_t * keys) {
+    for (int32_t i = 0; i < k; ++i) {
+        keys[i] = rank_key(logits[i], i);
+    }
+    std::make_heap(keys, keys + k, std::greater<>());
+    for (int32_t start = k; start < n_vocab; start += block) {
+        const int32_t end = std::min(start + block, n_vocab);
+        if (rank_key(peak(logits + start, end - start).max, start) < keys[0]) {
+            continue;
+        }
+        for (int32_t i = start; i < end; ++i) {
+            const uint64_t key = rank_key(logits[i], i);
+            if (key > keys[0]) {
+                std::pop_heap(keys, keys + k, std::greater<>());
+                keys[k - 1] = key;
+                std::push_heap(keys, keys + k, std::greater<>());
+            }
+        }
+    }
+}
+
+} // namespace
+
+void exp_weights(const float * logits, int32_t n, float max, float temperature, float * weights) {
+    for (int32_t i = 0; i < n; ++i) {
+        weights[i] = exp_of_negative((logits[i] - max) / temperature);
+    }
+}
+
+bool usable_logits(const float * logits, int32_t n_vocab) {
+    const Peak row = peak(logits, n_vocab);
+    return !row.wrong && row.max > -inf;
+}
+
+float max_logit(const float * logits, int32_t n_vocab) {
+    const Peak row = peak(logits, n_vocab);
+    if (row.wrong || row.max == -inf) {
+        throw_unusable(logits, n_vocab);
+    }
+    return row.max;
+}
+
+int32_t argmax(const float * logits, int32_t n_vocab) {
+    const float max = max_logit(logits, n_vocab);
+    return static_cast<int32_t>(std::find(logits, logits + n_vocab, max) - logits);
+}
+
+void best_keys(const float * logits, int32_t n_vocab, int32_t k, uint64_t * keys) {
+    if (k <= n_vocab / 8) {
+        heap_best_keys(logits, n_vocab, k, keys);
+        return;
+    }
+    for (int32_t i = 0; i < n_vocab; ++i) {
+        keys[i] = rank_key(logits[i], i);
+    }
+    if (k < n_vocab) {
+        std::nth_element(keys, keys + k, keys + n_vocab, std::greater<>());
+    }
+}
+
+void top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp) {
+    const double max = max_logit(logits, n_vocab);
+    const double log_sum = std::log(sum_exp(logits, n_vocab, static_cast<float>(max)));
+
+    constexpr int32_t few = 64;
+    uint64_t few_keys[few];
+    std::vector<uint64_t> many_keys;
+    uint64_t * keys = few_keys;
+    if (k <= few) {
+        heap_best_keys(logits, n_vocab, k, keys);
+    } else {
+        many_keys.resize(static_cast<size_t>(n_vocab));
+        keys = many_keys.data();
+        best_keys(logits, n_vocab, k, keys);
+    }
+    std::sort(keys, keys + k, std::greater<>());
+    for (int32_t i = 0; i < k; ++i) {
+        ids[i] = rank_key_id(keys[i]);
+        const float logit = logits[ids[i]];
+        const double value = (logit - max) - log_sum;
+        // The difference of two finite floats may not fit in one.
+        logp[i] = logit == -inf ? logit : static_cast<float>(std::max(value, -static_cast<double>(FLT_MAX)));
+    }
+}
+
+} // namespace pf
