@@ -36,7 +36,8 @@ def uniform(shape: tuple[int, ...], low: float, high: float, *key: object) -> F3
     """Uniform float32 weights, a function of `key` alone (CRC-32 of its text seeds the stream)."""
     rng = np.random.RandomState(zlib.crc32(repr(key).encode()))
     steps = rng.randint(0, 1 << 16, size=shape).astype(np.float32)  # exact in float32
-    return (np.float32(low) + steps * np.float32((high - low) / 65535)).astype(np.float32, copy=False)
+    weights: F32 = np.float32(low) + steps * np.float32((high - low) / 65535)
+    return weights
 
 
 def _matrix(shape: tuple[int, int], gain: float, *key: object) -> F32:
@@ -200,11 +201,12 @@ class TinyTarget:
         }
 
     def hf_weights(self) -> dict[str, F32]:
-        """State dict of Qwen3_5ForCausalLM: norms lack their +1, A is a logarithm, value heads are grouped by key head."""
+        """State dict of Qwen3_5ForCausalLM: norms lack the +1, A is a log, value heads are grouped by key head."""
         key = ("target", self.seed)
         e, ff, d = self.n_embd, self.n_ff, self.state
         qkv = (2 * self.k_heads + self.v_heads) * d
-        w: dict[str, F32] = {"model.embed_tokens.weight": uniform((self.n_vocab, e), -1.7, 1.7, *key, "embed")}
+        a = 0.7 if self.tied else 1.7  # a tied head would make logits as wide as its rows
+        w: dict[str, F32] = {"model.embed_tokens.weight": uniform((self.n_vocab, e), -a, a, *key, "embed")}
         for i, recurrent in enumerate(self.is_recurrent):
             at = f"model.layers.{i}."
 
