@@ -29,7 +29,10 @@ void keep_log(ggml_log_level level, const char * text, void *) {
 // When the library is loaded: reading a file can make ggml complain before any backend is.
 const bool log_is_ours = (ggml_log_set(keep_log, nullptr), true);
 
-using Handle = std::unique_ptr<void, decltype(&dlclose)>;
+struct Close {
+    void operator()(void * handle) const { dlclose(handle); }
+};
+using Handle = std::unique_ptr<void, Close>;
 
 fs::path own_folder() {
     Dl_info info{};
@@ -63,7 +66,7 @@ ggml_backend_reg_t load_cpu() {
     int best_score = 0;
     std::string refused;
     for (const fs::path & path : cpu_libraries(folder)) {
-        const Handle handle(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL), &dlclose);
+        const Handle handle(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL));
         if (!handle) {
             const char * reason = dlerror();
             refused += std::string(" ") + (reason ? reason : path.c_str()) + ".";
