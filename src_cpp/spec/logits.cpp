@@ -1,5 +1,5 @@
-// Written so that the compiler vectorises the passes without being allowed to reorder arithmetic: reductions go over
-// fixed lanes, exp is a polynomial without branches.
+// The passes are written on vectors of four floats (an extension that GCC and Clang share), which every processor we
+// build for has. Left to itself the compiler does not vectorise choices between floats.
 #include "spec/logits.h"
 
 #include <algorithm>
@@ -15,9 +15,25 @@
 namespace pf {
 namespace {
 
+using floats = float __attribute__((vector_size(16)));
+using ints = int32_t __attribute__((vector_size(16)));
+
 constexpr float inf = std::numeric_limits<float>::infinity();
-constexpr int32_t lanes = 16;
+constexpr int32_t width = 4;
 constexpr int32_t block = 256;
+
+floats load(const float * from) {
+    floats x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+// The last, incomplete vector of a row.
+floats load(const float * from, int32_t count, float rest) {
+    floats x = floats{} + rest;
+    std::memcpy(&x, from, static_cast<size_t>(count) * sizeof *from);
+    return x;
+}
 
 struct Peak {
     float max;  // of what is not NaN
@@ -25,24 +41,29 @@ struct Peak {
 };
 
 Peak peak(const float * x, int32_t n) {
-    float max[lanes];
-    int32_t wrong[lanes] = {};
-    std::fill_n(max, lanes, -inf);
+    constexpr int32_t n_chains = 4; // independent, to hide latency
+    floats max[n_chains];
+    ints wrong[n_chains] = {};
+    std::fill_n(max, n_chains, floats{} - inf);
+    const auto add = [&](int32_t chain, floats values) {
+        max[chain] = values > max[chain] ? values : max[chain];
+        wrong[chain] |= ~(values < inf);
+    };
     int32_t i = 0;
-    for (; i + lanes <= n; i += lanes) {
-        for (int32_t j = 0; j < lanes; ++j) {
-            max[j] = x[i + j] > max[j] ? x[i + j] : max[j];
-            wrong[j] |= !(x[i + j] < inf);
+    for (; i + n_chains * width <= n; i += n_chains * width) {
+        for (int32_t c = 0; c < n_chains; ++c) {
+            add(c, load(x + i + c * width));
         }
     }
-    for (; i < n; ++i) {
-        max[0] = x[i] > max[0] ? x[i] : max[0];
-        wrong[0] |= !(x[i] < inf);
+    for (; i < n; i += width) {
+        add(0, load(x + i, std::min(width, n - i), -inf));
     }
     Peak all{-inf, false};
-    for (int32_t j = 0; j < lanes; ++j) {
-        all.max = std::max(all.max, max[j]);
-        all.wrong |= wrong[j] != 0;
+    for (int32_t c = 0; c < n_chains; ++c) {
+        for (int32_t j = 0; j < width; ++j) {
+            all.max = std::max(all.max, max[c][j]);
+            all.wrong |= wrong[c][j] != 0;
+        }
     }
     return all;
 }
@@ -59,43 +80,40 @@ Peak peak(const float * x, int32_t n) {
 }
 
 // exp(x) for x <= 0: x = n ln 2 + r with |r| <= ln 2 / 2, and the Taylor series of exp(r), whose first term left out is
-// r^8 / 8! < 6e-9.
-inline float exp_of_negative(float x) {
-    constexpr float smallest = -87.33654f;   // exp gives the smallest normal number
+// r^8 / 8! < 6e-9. What would not be a normal number is 0.
+floats exp_of_negative(floats x) {
+    constexpr float lowest = -87.33654f;     // exp gives the smallest normal number
     constexpr float round_bias = 12582912.f; // 1.5 * 2^23: adding it leaves no fraction bits
     constexpr float ln2_high = 0x1.62e4p-1f; // few bits, so that n * ln2_high is exact
     constexpr float ln2_low = 1.42860682e-6f;
-    const float y = x > smallest ? x : smallest;
-    const float n = (y * 1.44269504f + round_bias) - round_bias;
-    const float r = (y - n * ln2_high) - n * ln2_low;
-    float p = 1.f / 5040;
-    p = p * r + 1.f / 720;
+    const ints normal = x > lowest;
+    const floats y = normal ? x : floats{} + lowest;
+    const floats n = (y * 1.44269504f + round_bias) - round_bias;
+    const floats r = (y - n * ln2_high) - n * ln2_low;
+    floats p = r * (1.f / 5040) + 1.f / 720;
     p = p * r + 1.f / 120;
     p = p * r + 1.f / 24;
     p = p * r + 1.f / 6;
     p = p * r + 0.5f;
     p = p * r + 1.f;
     p = p * r + 1.f;
-    const int32_t exponent = (static_cast<int32_t>(n) + 127) << 23; // 2^n, n in -126 .. 0
-    float power;
-    std::memcpy(&power, &exponent, sizeof power);
-    return x > smallest ? p * power : 0.f;
+    const ints power = (__builtin_convertvector(n, ints) + 127) << 23; // the bits of 2^n, n in -126 .. 0
+    return reinterpret_cast<floats>(reinterpret_cast<ints>(p * reinterpret_cast<floats>(power)) & normal);
 }
 
 double sum_exp(const float * x, int32_t n, float max) {
     double total = 0;
-    float weights[block];
     for (int32_t start = 0; start < n; start += block) {
-        const int32_t count = std::min(block, n - start);
-        exp_weights(x + start, count, max, 1, weights);
-        std::fill(weights + count, weights + block, 0.f);
-        float sum[lanes] = {}; // of 16 each, in float; of these, in double
-        for (int32_t i = 0; i < block; i += lanes) {
-            for (int32_t j = 0; j < lanes; ++j) {
-                sum[j] += weights[i + j];
-            }
+        const int32_t end = std::min(start + block, n);
+        floats sum{}; // of at most 64 each in float; of these in double
+        int32_t i = start;
+        for (; i + width <= end; i += width) {
+            sum += exp_of_negative(load(x + i) - max);
         }
-        for (int32_t j = 0; j < lanes; ++j) {
+        if (i < end) {
+            sum += exp_of_negative(load(x + i, end - i, -inf) - max);
+        }
+        for (int32_t j = 0; j < width; ++j) {
             total += sum[j];
         }
     }
@@ -127,8 +145,11 @@ void heap_best_keys(const float * logits, int32_t n_vocab, int32_t k, uint64_t *
 } // namespace
 
 void exp_weights(const float * logits, int32_t n, float max, float temperature, float * weights) {
-    for (int32_t i = 0; i < n; ++i) {
-        weights[i] = exp_of_negative((logits[i] - max) / temperature);
+    for (int32_t i = 0; i < n; i += width) {
+        const int32_t count = std::min(width, n - i);
+        const floats x = count == width ? load(logits + i) : load(logits + i, count, max);
+        const floats weight = exp_of_negative((x - max) / temperature);
+        std::memcpy(weights + i, &weight, static_cast<size_t>(count) * sizeof *weights);
     }
 }
 
