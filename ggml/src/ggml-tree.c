@@ -1,6 +1,5 @@
 // Builders of the tree ops (ggml-tree.h). Owns: their checks and the packing of their results; computes nothing.
 #include "ggml-tree.h"
-#include "ggml-impl.h"
 
 // f32, elements of a row contiguous, at most n_dims dimensions
 static void check_rows(const struct ggml_tensor * t, int n_dims) {

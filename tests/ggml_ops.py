@@ -1,0 +1,180 @@
+"""Graphs of single ggml ops, computed by our fork's own shared libraries through ctypes.
+
+Owns the few dozen ggml functions that the op tests and the op benchmark call, and the life of one graph. It refuses
+nothing: arguments go to ggml as they are, and ggml aborts the process on operands it does not accept.
+
+Arrays are numpy's; a tensor's shape is the array's reversed (ne order, first dimension contiguous).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+NUMPY_TYPES = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_F32, GGML_TYPE_I32
+GGML_TYPES = {dtype: number for number, dtype in NUMPY_TYPES.items()}
+CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
+
+Pointer = ctypes.c_void_p
+Size = ctypes.c_size_t
+Int64 = ctypes.c_int64
+
+
+class TensorHead(ctypes.Structure):
+    """The first fields of struct ggml_tensor."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("buffer", Pointer),
+        ("ne", Int64 * 4),
+        ("nb", Size * 4),
+    )
+
+
+class InitParams(ctypes.Structure):
+    _fields_ = (("mem_size", Size), ("mem_buffer", Pointer), ("no_alloc", ctypes.c_bool))
+
+
+FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_init": (Pointer, [InitParams]),
+    "ggml_free": (None, [Pointer]),
+    "ggml_nbytes": (Size, [Pointer]),
+    "ggml_new_tensor": (Pointer, [Pointer, ctypes.c_int, ctypes.c_int, ctypes.POINTER(Int64)]),
+    "ggml_view_4d": (Pointer, [Pointer, Pointer, *[Int64] * 4, *[Size] * 4]),
+    "ggml_new_graph_custom": (Pointer, [Pointer, Size, ctypes.c_bool]),
+    "ggml_build_forward_expand": (None, [Pointer, Pointer]),
+    "ggml_backend_dev_init": (Pointer, [Pointer, Pointer]),
+    "ggml_backend_dev_supports_op": (ctypes.c_bool, [Pointer, Pointer]),
+    "ggml_backend_free": (None, [Pointer]),
+    "ggml_backend_alloc_ctx_tensors": (Pointer, [Pointer, Pointer]),
+    "ggml_backend_buffer_free": (None, [Pointer]),
+    "ggml_backend_tensor_set": (None, [Pointer, Pointer, Size, Size]),
+    "ggml_backend_tensor_get": (None, [Pointer, Pointer, Size, Size]),
+    "ggml_backend_graph_compute": (ctypes.c_int, [Pointer, Pointer]),
+    "ggml_backend_reg_dev_get": (Pointer, [Pointer, Size]),
+    "ggml_backend_reg_get_proc_address": (Pointer, [Pointer, ctypes.c_char_p]),
+    "ggml_gated_delta_net": (Pointer, [*[Pointer] * 7, Int64]),
+    "ggml_ssm_conv_tree": (Pointer, [Pointer] * 5),
+    "ggml_gated_delta_net_tree": (Pointer, [Pointer] * 8),
+    "ggml_gated_delta_net_tree_out": (Pointer, [Pointer] * 2),
+    "ggml_gated_delta_net_tree_delta": (Pointer, [Pointer] * 2),
+    "ggml_gated_delta_net_tree_persist": (Pointer, [Pointer] * 6),
+}
+
+
+def library_folder() -> Path:
+    """Where the installed `_pydflash` keeps the shared libraries. Nothing of it is imported."""
+    spec = importlib.util.find_spec("_pydflash")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("_pydflash is not installed: run `pip install .`, or put a build folder on PYTHONPATH.")
+    return Path(spec.origin).parent
+
+
+class Ggml:
+    """The fork and one CPU backend."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        folder = folder or library_folder()
+        self._base = ctypes.CDLL(str(folder / "libpydflash-ggml-base.so"))
+        for name, (result, arguments) in FUNCTIONS.items():
+            function = getattr(self._base, name)
+            function.restype, function.argtypes = result, arguments
+        loader = ctypes.CDLL(str(folder / "libpydflash-ggml.so"))
+        loader.ggml_backend_load.restype, loader.ggml_backend_load.argtypes = Pointer, [ctypes.c_char_p]
+        registry = loader.ggml_backend_load(str(next(folder.glob("libpydflash-ggml-cpu*.so"))).encode())
+        if not registry:
+            raise RuntimeError(f"the CPU backend in {folder} could not be loaded")
+        self.device = self.call("ggml_backend_reg_dev_get", registry, 0)
+        self.backend = self.call("ggml_backend_dev_init", self.device, None)
+        address = self.call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_set_n_threads")
+        self._set_n_threads = ctypes.CFUNCTYPE(None, Pointer, ctypes.c_int)(address)
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        return getattr(self._base, name)(*arguments)
+
+    def set_n_threads(self, n_threads: int) -> None:
+        self._set_n_threads(self.backend, n_threads)
+
+    def graph(self) -> Graph:
+        return Graph(self)
+
+
+class Graph:
+    """Tensors, ops over them, and one computation; free with `with`.
+
+    Tensors are the addresses ggml returns. Everything lives in one buffer, so any tensor can be read after `compute`.
+    """
+
+    def __init__(self, ggml: Ggml, max_nodes: int = 256) -> None:
+        self._ggml = ggml
+        self._max_nodes = max_nodes
+        self._context = ggml.call("ggml_init", InitParams(1 << 20, None, True))
+        self._buffer: int | None = None
+        self._inputs: list[tuple[int, np.ndarray]] = []
+
+    def __enter__(self) -> Graph:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._buffer:
+            self._ggml.call("ggml_backend_buffer_free", self._buffer)
+        self._ggml.call("ggml_free", self._context)
+
+    def tensor(self, array: np.ndarray) -> int:
+        """An input holding `array` (float32 or int32)."""
+        array = np.ascontiguousarray(array)
+        ne = (Int64 * array.ndim)(*reversed(array.shape))
+        tensor = self._ggml.call("ggml_new_tensor", self._context, GGML_TYPES[array.dtype], array.ndim, ne)
+        self._inputs.append((tensor, array))
+        return int(tensor)
+
+    def view(self, source: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> int:
+        """A view of `shape`, rows contiguous; strides of all dimensions but the last, and the offset, in bytes."""
+        ne = [*reversed(shape), 1, 1, 1][:4]
+        nb = list(reversed(strides))
+        while len(nb) < 3:
+            nb.append((nb[-1] if nb else 4 * ne[0]) * ne[len(nb)])
+        return int(self._ggml.call("ggml_view_4d", self._context, source, *ne, *nb, offset))
+
+    def op(self, name: str, *operands: Any) -> int:
+        return int(self._ggml.call(name, self._context, *operands))
+
+    def supported(self, tensor: int) -> bool:
+        return bool(self._ggml.call("ggml_backend_dev_supports_op", self._ggml.device, tensor))
+
+    def prepare(self, *outputs: int) -> Callable[[], None]:
+        """Allocate, fill the inputs, build the graph of `outputs`; returns what computes it."""
+        if self._buffer is None:
+            self._buffer = self._ggml.call("ggml_backend_alloc_ctx_tensors", self._context, self._ggml.backend)
+            for tensor, array in self._inputs:
+                self._ggml.call("ggml_backend_tensor_set", tensor, array.ctypes.data, 0, array.nbytes)
+        graph = self._ggml.call("ggml_new_graph_custom", self._context, self._max_nodes, False)
+        for output in outputs:
+            self._ggml.call("ggml_build_forward_expand", graph, output)
+
+        def compute() -> None:
+            status = self._ggml.call("ggml_backend_graph_compute", self._ggml.backend, graph)
+            if status != 0:
+                raise RuntimeError(f"ggml_backend_graph_compute returned {status}")
+
+        return compute
+
+    def compute(self, *outputs: int, n_threads: int = 1) -> None:
+        self._ggml.set_n_threads(n_threads)
+        self.prepare(*outputs)()
+
+    def read(self, tensor: int, *shape: int) -> np.ndarray:
+        """The contents of a tensor, strided or not, as an array of `shape`."""
+        head = ctypes.cast(tensor, ctypes.POINTER(TensorHead)).contents
+        raw = np.empty(self._ggml.call("ggml_nbytes", tensor), np.uint8)
+        self._ggml.call("ggml_backend_tensor_get", tensor, raw.ctypes.data, 0, raw.nbytes)
+        values = np.ndarray(tuple(head.ne)[::-1], NUMPY_TYPES[head.type], raw, 0, tuple(head.nb)[::-1])
+        return values.copy().reshape(shape)
