@@ -6,7 +6,6 @@ import statistics
 
 import numpy as np
 import pytest
-
 from _pydflash import ffi, lib
 
 
@@ -37,9 +36,7 @@ def top_k(logits, k):
 
 def probabilities(logits, **settings):
     out = np.full(len(logits), np.nan)
-    status = lib.pf_sample_probs(
-        floats(logits), len(logits), make_params(**settings), ffi.from_buffer("double[]", out)
-    )
+    status = lib.pf_sample_probs(floats(logits), len(logits), make_params(**settings), ffi.from_buffer("double[]", out))
     assert status == lib.PF_OK, message()
     return out
 
@@ -344,7 +341,7 @@ def test_the_same_draw_whatever_came_before():
 
 
 def test_a_change_in_the_last_digit_hardly_ever_changes_a_draw():
-    # 300 tokens in nearly equal pairs that swap places in likelihood; a draw by likelihood would change every other time.
+    # 300 tokens in nearly equal pairs swap places in likelihood; draws by likelihood would change every other time.
     rng = np.random.default_rng(6)
     logits = np.repeat(rng.normal(0, 1, 150), 2).astype(np.float32)
     up = logits + np.tile(np.float32([1e-6, 0]), 150)

@@ -1,4 +1,4 @@
-"""The DDTree builder against the algorithm written out in Python, against brute force, and for what any tree must be."""
+"""The DDTree builder against the algorithm in Python, against brute force, and for what any tree must be."""
 
 import heapq
 import math
@@ -6,10 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from _pydflash import ffi, lib
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from _pydflash import ffi, lib
 
 ROOT_TOKEN = 7
 

@@ -8,13 +8,14 @@
 namespace pf {
 
 struct Accepted {
-    int32_t n_path = 0;             // accepted nodes, the root included: 1 ..
-    int32_t path[PF_MAX_NODES];     // node indices from the root down
-    int32_t tokens[PF_MAX_NODES];   // what the target said at each of them (n_path tokens); the last is the new pending one
-    bool stopped = false;           // the last token is a stop token
+    int32_t n_path = 0;           // accepted nodes, the root included: 1 ..
+    int32_t path[PF_MAX_NODES];   // their indices, from the root down
+    int32_t tokens[PF_MAX_NODES]; // [n_path], what the target said at each; the last is the new pending one
+    bool stopped = false;         // the last token is a stop token
 };
 
-// choose(node) -> token is called once per visited node, in path order; is_stop(token) -> bool. At most max_tokens tokens.
+// choose(node) -> token is called once per visited node, in path order; is_stop(token) -> bool. Gives max_tokens tokens
+// at most, but always the root's. Of siblings with one token (a drafter's choices have none) the first is followed.
 template <class Choose, class IsStop>
 void accept(const Tree & tree, int32_t max_tokens, Choose && choose, IsStop && is_stop, Accepted & out) {
     out.n_path = 0;

@@ -120,7 +120,7 @@ double sum_exp(const float * x, int32_t n, float max) {
     return total;
 }
 
-// best_keys for few k; keys holds k. A heap with the worst of them on top; whole blocks that cannot beat it are skipped.
+// best_keys for few k; keys holds k. A heap with the worst of them on top; blocks that cannot beat it are skipped.
 void heap_best_keys(const float * logits, int32_t n_vocab, int32_t k, uint64_t * keys) {
     for (int32_t i = 0; i < k; ++i) {
         keys[i] = rank_key(logits[i], i);

@@ -43,8 +43,8 @@ float not_below(double x) {
 
 Sampler::Sampler(int32_t n_vocab, const pf_generate_params & params)
     : n_vocab_(n_vocab), temperature_(params.temperature),
-      top_k_(params.top_k == 0 ? n_vocab : std::min(params.top_k, n_vocab)), top_p_(params.top_p),
-      min_p_(params.min_p), seed_(params.seed) {
+      top_k_(params.top_k == 0 ? n_vocab : std::min(params.top_k, n_vocab)), top_p_(params.top_p), min_p_(params.min_p),
+      seed_(params.seed) {
     require(n_vocab >= 1, "n_vocab must be at least 1");
     require(temperature_ >= 0 && std::isfinite(temperature_), "temperature must be a number from 0 (greedy) up");
     require(params.top_k >= 0, "top_k must be 0 (off) or more");
@@ -156,9 +156,9 @@ uint64_t Sampler::last_kept(const float * logits, double total) {
     return *std::min_element(keys, keys + high);
 }
 
-// The token whose stretch of [0, sum of weights) holds target, stretches lying in the order of ids: in the order of
-// likelihood two nearly equal tokens may swap places when logits differ in the last digit, as they do between a tree and
-// plain decoding, and a draw far from any border would change with them. In the order of ids borders move, none jumps.
+// The token whose stretch of [0, sum of weights) holds target, the stretches lying in the order of ids. In the order of
+// likelihood, two nearly equal tokens would swap places when logits differ in the last digit, as they do between a tree
+// and plain decoding, and a draw far from any border would change with them; by id borders move a hair and none jumps.
 int32_t Sampler::draw(double target) const {
     size_t b = 0;
     double sum = 0;

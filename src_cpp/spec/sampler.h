@@ -10,8 +10,8 @@
 
 namespace pf {
 
-// Temperature, then top-k, top-p and min-p, each on what the former left, as Hugging Face's logits warpers do; but where
-// these keep every token that ties with the k-th, exactly k stay here (ties: lowest id).
+// Temperature, then top-k, top-p and min-p, each on what the former left, as Hugging Face's logits warpers do; but
+// where these keep every token that ties with the k-th, exactly k stay here (ties: lowest id).
 class Sampler {
   public:
     Sampler(int32_t n_vocab, const pf_generate_params & params); // throws Error on settings out of range

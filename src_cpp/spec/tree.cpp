@@ -1,9 +1,9 @@
 // DDTree: best-first choice of the nodes to verify. Refuses log-probabilities and rates that are none, before any work.
 //
-// Nodes have a total order: score falling, then the tuple of ranks along the path, lexicographic, a prefix before what it
-// begins ((0) < (0, 0) < (1)). A node's first child and its next sibling both come after it: neither scores higher, and
-// both have the larger tuple. So the heap, which holds exactly the successors of what was taken, gives nodes in that
-// order, the first `budget` of them are the likeliest prefix-closed set, and a larger budget only adds nodes.
+// Nodes have a total order: score falling, then the tuple of ranks along the path, lexicographic, a prefix before what
+// it begins ((0) < (0, 0) < (1)). A node's first child and its next sibling both come after it: neither scores higher,
+// and both have the larger tuple. So the heap, which holds exactly the successors of what was taken, gives nodes in
+// that order, the first `budget` of them are the likeliest prefix-closed set, and a larger budget only adds nodes.
 #include "spec/tree.h"
 
 #include <array>
@@ -21,13 +21,13 @@ constexpr int32_t max_depth = PF_MAX_NODES - 1;
 using Path = std::array<uint8_t, max_depth>;
 
 struct Candidate {
-    double score;        // cumulative log-probability: the parent's plus its own
-    double conditional;  // its own, the parent taken as accepted
+    double score;       // cumulative log-probability: the parent's plus its own
+    double conditional; // its own, the parent taken as accepted
     double parent_score;
-    int32_t parent;      // in the order of taking; 0 is the root
-    int32_t depth;       // 1 ..
+    int32_t parent; // in the order of taking; 0 is the root
+    int32_t depth;  // 1 ..
     int32_t rank;
-    int32_t deviations;  // nodes of rank > 0 on the path to the parent
+    int32_t deviations; // nodes of rank > 0 on the path to the parent
     Path path;
 };
 
@@ -76,7 +76,7 @@ void check(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_r
     }
 }
 
-// Log-probability that the token of this rank is the target's, its parent accepted, with so many deviations up to there.
+// Log-probability that the token of this rank is the target's, its parent accepted after so many deviations.
 double conditional(const Row & row, int32_t rank, int32_t deviations, const pf_calibration * calibration) {
     const double logp = std::min(0.0, static_cast<double>(row.logp[rank]));
     if (!calibration) {
@@ -92,6 +92,32 @@ double conditional(const Row & row, int32_t rank, int32_t deviations, const pf_c
         return row.log_rest;
     }
     return std::log1p(-rate) + std::min(0.0, logp - row.log_rest);
+}
+
+// Numbers the nodes taken: the root, the rank-0 path (which is taken from the top down), the rest as taken.
+void number(const Candidate * pool, const uint8_t * taken, int32_t n_nodes, const int32_t * ids, int32_t n_rank,
+            int32_t root_token, Tree & out) {
+    int32_t numbers[PF_MAX_NODES] = {}; // in the order of taking
+    out.token[0] = root_token;
+    out.parent[0] = -1;
+    out.depth[0] = 0;
+    out.rank[0] = 0;
+    out.score[0] = 0;
+    out.n_nodes = 1;
+    for (const bool off_path : {false, true}) {
+        for (int32_t i = 1; i < n_nodes; ++i) {
+            const Candidate & node = pool[taken[i]];
+            if ((node.deviations > 0 || node.rank > 0) != off_path) {
+                continue;
+            }
+            const int32_t n = numbers[i] = out.n_nodes++;
+            out.token[n] = ids[static_cast<size_t>(node.depth - 1) * n_rank + node.rank];
+            out.parent[n] = numbers[node.parent];
+            out.depth[n] = node.depth;
+            out.rank[n] = node.rank;
+            out.score[n] = static_cast<float>(node.score);
+        }
+    }
 }
 
 } // namespace
@@ -127,8 +153,7 @@ void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_
     // Completes a candidate that knows its parent, depth, rank, deviations and path.
     const auto push = [&](Candidate candidate, double at_most) {
         const Row & row = rows[candidate.depth - 1];
-        candidate.conditional =
-            std::min(at_most, conditional(row, candidate.rank, candidate.deviations, calibration));
+        candidate.conditional = std::min(at_most, conditional(row, candidate.rank, candidate.deviations, calibration));
         candidate.score = candidate.parent_score + candidate.conditional;
         candidate.path[candidate.depth - 1] = static_cast<uint8_t>(candidate.rank + 1);
         pool[n_pool] = candidate;
@@ -165,30 +190,7 @@ void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_
         }
         ++n_nodes;
     }
-
-    // Numbering: the root, the rank-0 path (which is taken from the top down), the rest as taken.
-    int32_t number[PF_MAX_NODES];
-    number[0] = 0;
-    out.token[0] = root_token;
-    out.parent[0] = -1;
-    out.depth[0] = 0;
-    out.rank[0] = 0;
-    out.score[0] = 0;
-    out.n_nodes = 1;
-    for (const bool off_path : {false, true}) {
-        for (int32_t i = 1; i < n_nodes; ++i) {
-            const Candidate & node = pool[taken[i]];
-            if ((node.deviations > 0 || node.rank > 0) != off_path) {
-                continue;
-            }
-            const int32_t n = number[i] = out.n_nodes++;
-            out.token[n] = ids[static_cast<size_t>(node.depth - 1) * n_rank + node.rank];
-            out.parent[n] = number[node.parent];
-            out.depth[n] = node.depth;
-            out.rank[n] = node.rank;
-            out.score[n] = static_cast<float>(node.score);
-        }
-    }
+    number(pool, taken, n_nodes, ids, n_rank, root_token, out);
 }
 
 } // namespace pf

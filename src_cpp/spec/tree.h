@@ -11,12 +11,12 @@ namespace pf {
 constexpr int32_t max_ranks = 64; // choices per depth that build_tree looks at
 
 struct Tree {
-    int32_t n_nodes = 0;            // the root included
+    int32_t n_nodes = 0; // the root included
     int32_t token[PF_MAX_NODES];
-    int32_t parent[PF_MAX_NODES];   // < own index; -1 for the root
-    int32_t depth[PF_MAX_NODES];    // 0 for the root
-    int32_t rank[PF_MAX_NODES];     // among the drafter's choices at that depth; 0 for the root
-    float score[PF_MAX_NODES];      // cumulative calibrated log-probability
+    int32_t parent[PF_MAX_NODES]; // < own index; -1 for the root
+    int32_t depth[PF_MAX_NODES];  // 0 for the root
+    int32_t rank[PF_MAX_NODES];   // among the drafter's choices at that depth; 0 for the root
+    float score[PF_MAX_NODES];    // cumulative calibrated log-probability
 };
 
 // The column of a calibration table that a rank-0 probability falls in: n_bins equal bins over [0, 1], 1 in the last.
