@@ -80,6 +80,25 @@ def write_gguf(
     return Path(path)
 
 
+def to_f32(source: Path | str, path: Path | str) -> Path:
+    """Copies a GGUF with every tensor dequantised to f32, so that runtimes can be compared to the token."""
+    reader = gguf.GGUFReader(source)
+    arch = reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(str(path), arch)
+    for name, entry in reader.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            value = 0 if name == "general.file_type" else entry.contents()  # 0: all f32
+            writer.add_key_value(name, value, entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
+    for tensor in reader.tensors:
+        shape = tuple(int(n) for n in reversed(tensor.shape))
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
+
+
 def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kind = gguf.GGUFValueType
     numpy_kinds = {
@@ -153,7 +172,7 @@ class TinyTarget:
     recurrent: tuple[bool, ...] | None = None  # per layer; wins over interval
     tied: bool = False
     mtp: bool = False  # adds a next-token-prediction block after the trunk, as released files have
-    scales: bool = False  # adds <name>.scale tensors; the model computes the same
+    scales: bool = False  # adds blk.N.<name>.scale tensors; the model computes the same
     eps: float = 1e-6
     rope_theta: float = 10000.0
     n_ctx: int = 512
@@ -280,6 +299,8 @@ class TinyTarget:
             out["output.weight"] = hf["lm_head.weight"]
         for i, recurrent in enumerate(self.is_recurrent):
             out.update(self._block(hf, f"model.layers.{i}.", f"blk.{i}.", recurrent))
+        if self.scales:
+            out = self._with_scales(out)
         if self.mtp:
             at, e = f"blk.{self.n_layer}.", self.n_embd
             extra = TinyTarget(**{**self.__dict__, "n_layer": 1, "recurrent": (False,), "mtp": False, "seed": -1})
@@ -287,7 +308,7 @@ class TinyTarget:
             out[at + "nextn.eh_proj.weight"] = _matrix((e, 2 * e), 1.0, self.seed, "eh_proj")
             for name in ("enorm", "hnorm", "shared_head_norm"):
                 out[at + f"nextn.{name}.weight"] = uniform((e,), 0.6, 1.4, self.seed, name)
-        return self._with_scales(out) if self.scales else out
+        return out
 
     def write(self, path: Path | str, *, types: Types = "f32", tokenizer: bool = False) -> Path:
         """Writes the GGUF; with `tokenizer` it also carries byte_tokenizer(n_vocab), else no vocabulary at all."""
@@ -336,7 +357,7 @@ class TinyTarget:
     def _with_scales(tensors: Mapping[str, F32]) -> dict[str, F32]:
         out: dict[str, F32] = {}
         for n, (name, data) in enumerate(tensors.items()):
-            if data.ndim == 2 and not any(part in name for part in ("conv1d", "token_embd", "nextn")):
+            if data.ndim == 2 and name.startswith("blk.") and "conv1d" not in name:
                 scale = np.float32(2.0 ** (n % 5 - 2))  # a power of two, so that the product is what it was
                 out[name] = data / scale
                 out[name.removesuffix("weight") + "scale"] = np.array([scale], np.float32)
@@ -449,6 +470,8 @@ class TinyDraft:
         return w
 
     def gguf_keys(self) -> dict[str, Any]:
+        # A folder's sliding layers without a window are causal and see everything: here, a window as long as n_ctx.
+        window = self.sliding_window or (self.n_ctx if any(self.slides) else None)
         keys: dict[str, Any] = {
             "block_count": self.n_layer,
             "context_length": self.n_ctx,
@@ -465,8 +488,8 @@ class TinyDraft:
         }
         optional = {
             "attention.causal": self.is_causal,
-            "attention.sliding_window": self.sliding_window,
-            "attention.sliding_window_pattern": self.slides if self.sliding_window is not None else None,
+            "attention.sliding_window": window,
+            "attention.sliding_window_pattern": self.slides if window is not None else None,
             "logit_scale": self.logit_scale,
             "final_logit_softcapping": self.softcap,
             "embedding_scale": self.embedding_scale,

@@ -1,0 +1,81 @@
+"""The shipped target against llama.cpp: the same tokens, greedily, and the same log-probabilities after a prompt.
+
+tests/oracles/llamacpp.json and .npz hold what llama.cpp said; scripts/make_oracles.py asked it. Both sides run the
+model dequantised to f32 with an f32 KV cache, so they can be held to the token; where the two likeliest tokens are
+closer than NEAR_TIE, the order of sums may decide, and the comparison of that prompt ends there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+import pydflash
+from pydflash.models import target_path
+from tests.oracles import cases
+from tests.tiny_models import to_f32
+
+pytestmark = pytest.mark.skipif(
+    not cases.LLAMACPP_FILE.exists(), reason=f"llama.cpp was never asked about this model; {cases.REMAKE}"
+)
+
+NEAR_TIE = 1e-3
+MOST_NEAR_TIES = 2  # prompts whose comparison may end early
+
+
+@pytest.fixture(scope="module")
+def said() -> dict[str, Any]:
+    """What llama.cpp said, and of which model."""
+    document: dict[str, Any] = json.loads(cases.LLAMACPP_FILE.read_text(encoding="utf-8"))
+    shipped = hashlib.sha256(target_path().read_bytes()).hexdigest()
+    assert document["sha256"] == shipped, f"{target_path().name} is not the model llama.cpp was asked: {cases.REMAKE}"
+    return document
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pydflash.Session]:
+    path = to_f32(target_path(), tmp_path_factory.mktemp("llamacpp") / "target-f32.gguf")
+    with pydflash.Session(path, kv_type="f32", n_ctx=1024) as opened:
+        yield opened
+
+
+def test_prompts_are_tokenized_as_llamacpp_does(said: dict[str, Any], session: pydflash.Session) -> None:
+    assert len(said["prompts"]) >= 12
+    for prompt in said["prompts"]:
+        assert session.tokenize(prompt["text"]) == prompt["ids"], prompt["text"]
+
+
+def test_greedy_tokens_are_those_of_llamacpp(said: dict[str, Any], session: pydflash.Session) -> None:
+    n_predict = said["origin"]["request"]["n_predict"]
+    near_ties: list[str] = []
+    for prompt in said["prompts"]:
+        expected = prompt["greedy"]
+        found = list(session.generate(prompt["ids"], max_tokens=n_predict, temperature=0, budget=0).ids)
+        if prompt["stop"] == "eos":  # whoever says the end token says it last
+            found, expected = found[: len(expected)], expected[: len(found)]
+        if found == expected:
+            continue
+        at = next(i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+        logits = session.logits(prompt["ids"] + expected[:at])[-1]
+        margin = float(logits[found[at]] - logits[expected[at]])
+        assert 0 <= margin < NEAR_TIE, (
+            f"{prompt['text']!r}: token {at} is {found[at]}, llama.cpp says {expected[at]}, {margin:.2e} below"
+        )
+        near_ties.append(f"{prompt['text']!r} at token {at}, margin {margin:.1e}")
+    assert len(near_ties) <= MOST_NEAR_TIES, near_ties
+
+
+def test_log_probabilities_are_those_of_llamacpp(said: dict[str, Any], session: pydflash.Session) -> None:
+    with np.load(cases.LLAMACPP_LOGPROBS_FILE) as file:
+        assert str(file["sha256"]) == said["sha256"], f"two vector files of different models: {cases.REMAKE}"
+        rows = file["logprobs"].astype(np.float64)
+    for prompt, expected in zip(said["prompts"][: len(rows)], rows, strict=True):
+        logits = session.logits(prompt["ids"])[-1].astype(np.float64)
+        shifted = logits - logits.max()
+        found = shifted - np.log(np.exp(shifted).sum())
+        assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max(), prompt["text"]
