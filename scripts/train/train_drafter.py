@@ -1,0 +1,223 @@
+"""Stage 5: train the drafter on the target's own text.
+
+    python scripts/train/train_drafter.py --minutes 40
+
+Target frozen; random anchors in the target's own tokens; a block [anchor, MASK ...] sees the features of everything
+strictly before the anchor and itself both ways; cross-entropy of slot k against the token at anchor + k with weight
+exp(-(k - 1) / 7). Muon for matrices, AdamW for the rest, the rate following the elapsed share of --minutes. Every
+--valid-every minutes the acceptance on held-out prefixes (chain and trees, looping continuations apart) goes into
+draft-curve.csv; draft.pt holds the state (run the same command again to go on) and WORK/draft the exported model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import datetime
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F  # noqa: N812
+from common import announce, log, parser
+from decode import empty_state, pick, step
+from drafter import DraftConfig, Drafter, loops, walk
+from export_draft import export_draft
+from generate import default_taps, load_target
+from optim import Optimizer
+from train_target import factor
+
+BUDGETS = [0, 8, 16, 32]
+
+
+def random_row(shard: dict, rng: np.random.Generator, crop: int):
+    """A random row of a shard, cut or padded on the left to `crop` tokens.
+
+    Returns ids [crop], features [crop, F], the first place that is no padding, and the first of the target's own text.
+    """
+    if shard["kind"] == "window":
+        stride = shard["stride"]
+        j, n = rng.integers(shard["own"].shape[0]), rng.integers(shard["own"].shape[1])
+        p = (j + 1) * stride
+        begin = min(p, crop - stride)
+        ids = torch.cat([shard["ids"][n, p - begin : p], shard["own"][j, n]])
+        feats = torch.cat([shard["feats"][n, p - begin : p], shard["own_feats"][j, n]])
+    else:
+        n = rng.integers(shard["ids"].shape[0])
+        ids, feats, begin = shard["ids"][n][:crop], shard["feats"][n][:crop], int(shard["begin"][n])
+    pad = crop - len(ids)
+    return F.pad(ids, (pad, 0)).long(), F.pad(feats, (0, 0, pad, 0)), pad, pad + begin
+
+
+def batch_of(shards: list[dict], rng: np.random.Generator, rows: int, crop: int, anchors: int, block: int):
+    picked = [random_row(shards[rng.integers(len(shards))], rng, crop) for _ in range(rows)]
+    ids = torch.stack([r[0] for r in picked])
+    feats = torch.stack([r[1] for r in picked])
+    first = torch.tensor([r[2] for r in picked])
+    place = torch.stack([torch.from_numpy(rng.choice(np.arange(r[3], crop - 2), anchors)) for r in picked])
+    want = place.unsqueeze(-1) + torch.arange(1, block)  # [B, A, block - 1]
+    labels = torch.gather(ids, 1, want.clamp(max=crop - 1).flatten(1)).view_as(want)
+    labels = labels.masked_fill(want >= crop, -1)
+    return feats, torch.gather(ids, 1, place), place, first, labels
+
+
+@torch.no_grad()
+def held_out(target, valid: np.ndarray, count: int, tokens: int, block: int, taps: list[int]):
+    """Greedy continuations of `count` held-out prefixes of 16 .. 255 tokens.
+
+    Returns a list of (ids, features, prefix length); each continuation is tokens + block long.
+    """
+    rng = np.random.default_rng(7)
+    lengths = rng.integers(16, 256, size=count)
+    starts = np.linspace(0, len(valid) - 300, count).astype(int)
+    prompts = [valid[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
+    total = max(lengths) + tokens + block
+    forced = torch.full((count, total), -1)
+    for i, p in enumerate(prompts):
+        forced[i, : len(p)] = torch.tensor(p)
+    st, rows, feats, token = empty_state(target, count, total), [], [], forced[:, 0]
+    for t in range(total):
+        rows.append(token)
+        z, f = step(target, token, st, taps)
+        feats.append(f)
+        if t + 1 < total:
+            token = torch.where(forced[:, t + 1] >= 0, forced[:, t + 1], pick(z, 0.0))
+    ids, feats = torch.stack(rows, 1), torch.stack(feats, 1)
+    return [(ids[i, : n + tokens + block], feats[i, : n + tokens + block], int(n)) for i, n in enumerate(lengths)]
+
+
+@torch.no_grad()
+def acceptance(model: Drafter, cases, tokens: int) -> dict[str, list[float]]:
+    """Tokens per target pass for every budget, over the cases that do not loop and over those that do."""
+    totals = {"plain": np.zeros((len(BUDGETS), 2)), "loop": np.zeros((len(BUDGETS), 2))}
+    counts = {"plain": 0, "loop": 0}
+    for ids, feats, n in cases:
+        place = torch.arange(n, n + tokens).unsqueeze(0)
+        with torch.autocast("cpu", torch.bfloat16):
+            x = model(feats[: n + tokens].unsqueeze(0), ids[n : n + tokens].unsqueeze(0), place, torch.tensor([0]))
+            z = model.logits(x[0]).float()
+        top = z.log_softmax(-1).topk(8)
+        top_ids, logp = top.indices.tolist(), top.values.tolist()
+        greedy = ids[n:].tolist()
+        kind = "loop" if loops(greedy[:tokens]) else "plain"
+        counts[kind] += 1
+        for i, budget in enumerate(BUDGETS):
+            totals[kind][i] += walk(top_ids, logp, greedy, tokens, budget)
+    out = {k: [float(a / max(1, b)) for a, b in v] for k, v in totals.items()}
+    out["count"] = [counts["plain"], counts["loop"]]
+    return out
+
+
+def run(rank: int, a, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    announce(a.work)
+    if a.procs > 1:
+        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=a.procs,
+                                timeout=datetime.timedelta(hours=6))
+    target = load_target(a.work)
+    c = DraftConfig(n_layer=a.layers, n_ff=a.ff, taps=default_taps(target.c.n_layer), target_layers=target.c.n_layer,
+                    n_embd=target.c.n_embd)
+    torch.manual_seed(a.seed)
+    model = Drafter(c, target.embed.weight.data, target.head.weight.data)
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    opt = Optimizer(matrices, [([p for p in model.parameters() if p.dim() == 1], 0.003)], a.lr)
+    step_no, spent = 0, 0.0
+    checkpoint = a.work / "draft.pt"
+    if checkpoint.exists():
+        state = torch.load(checkpoint)
+        model.load_state_dict(state["model"])
+        opt.load_state_dict(state["opt"])
+        step_no, spent = state["step"], state["spent"]
+    cases, curve = [], a.work / "draft-curve.csv"
+    if rank == 0:
+        with torch.autocast("cpu", torch.bfloat16):
+            cases = held_out(target, np.load(a.work / "valid.npy"), a.cases, 40, c.block, c.taps)
+        log(f"{sum(p.numel() for p in model.parameters())} parameters, from step {step_no}")
+        if not curve.exists():
+            curve.write_text("minutes,step,blocks,loss,chain,tree8,tree16,tree32,loop_chain,loop_tree16,lr_factor\n")
+    if a.compile:
+        for layer in model.layers:
+            layer.compile(dynamic=True)
+    weight = torch.exp(-torch.arange(c.block - 1) / a.gamma)
+    rng = np.random.default_rng([a.seed, rank, step_no])
+    began = last_save = time.time()
+    next_valid, losses, done, shards, names = 0.0, [], False, [], []
+    while not done:
+        now = torch.tensor([spent + time.time() - began], dtype=torch.float64)
+        if a.procs > 1:
+            dist.broadcast(now, 0)
+        progress = float(now) / (60 * a.minutes)
+        done = progress >= 1
+        if step_no % 200 == 0 or not shards:  # shards may still be arriving
+            fresh = [p for p in sorted((a.work / "own").glob("shard-*.pt")) if p not in names]
+            names += fresh
+            shards += [torch.load(p, mmap=True) for p in fresh]
+        if not done:
+            crop = 256 if rng.random() < 0.85 else 768
+            rows = a.rows if crop == 256 else max(1, a.rows // 2)
+            feats, pending, place, first, labels = batch_of(shards, rng, rows, crop, a.anchors, c.block)
+            with torch.autocast("cpu", torch.bfloat16):
+                z = model.logits(model(feats, pending, place, first)).float()
+            ce = F.cross_entropy(z.flatten(0, 2), labels.flatten(), ignore_index=-1, reduction="none").view_as(labels)
+            loss = (ce * weight).sum() / ((labels >= 0) * weight).sum()
+            loss.backward()
+            opt.step(factor(step_no, progress))
+            losses.append(loss.item())
+            step_no += 1
+        if rank == 0 and (progress >= next_valid or done):
+            next_valid = progress + a.valid_every / a.minutes
+            got = acceptance(model, cases if done else cases[: a.cases // 2], 40)
+            mean = float(np.mean(losses)) if losses else float("nan")
+            log(f"{progress:6.1%} step {step_no} loss {mean:.3f} chain/8/16/32 "
+                + " ".join(f"{x:.2f}" for x in got["plain"]) + " looping " + " ".join(f"{x:.2f}" for x in got["loop"])
+                + f" cases {got['count']} shards {len(shards)}")
+            with curve.open("a") as f:
+                figures = [*got["plain"], got["loop"][0], got["loop"][2], factor(step_no, progress)]
+                csv.writer(f).writerow([f"{float(now) / 60:.2f}", step_no, step_no * a.rows * a.anchors * a.procs,
+                                        f"{mean:.4f}", *(f"{x:.3f}" for x in figures)])
+            losses.clear()
+        if rank == 0 and (done or time.time() - last_save > 180):
+            last_save = time.time()
+            part = checkpoint.with_suffix(".part")
+            torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "config": c.to_dict(), "step": step_no,
+                        "spent": float(now)}, part)
+            os.replace(part, checkpoint)
+            export_draft(model.state_dict(), c, target.c.n_vocab, a.work / "draft")
+    if a.procs > 1:
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def main() -> None:
+    p = parser(__doc__)
+    p.add_argument("--minutes", type=float, default=40, help="wall-clock budget, pauses included")
+    p.add_argument("--procs", type=int, default=2)
+    p.add_argument("--layers", type=int, default=2)
+    p.add_argument("--ff", type=int, default=768)
+    p.add_argument("--rows", type=int, default=16, help="rows a process and step")
+    p.add_argument("--anchors", type=int, default=8, help="blocks a row")
+    p.add_argument("--gamma", type=float, default=7.0)
+    p.add_argument("--lr", type=float, default=0.02, help="Muon's peak rate")
+    p.add_argument("--cases", type=int, default=160, help="held-out prefixes")
+    p.add_argument("--seed", type=int, default=3)
+    p.add_argument("--valid-every", type=float, default=5, help="minutes")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    a = p.parse_args()
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(a.work / "inductor"))
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    rendezvous: Path = a.work / "rendezvous-draft"
+    rendezvous.unlink(missing_ok=True)
+    with contextlib.suppress(KeyboardInterrupt):
+        if a.procs == 1:
+            run(0, a, "")
+        else:
+            mp.spawn(run, (a, f"file://{rendezvous.resolve()}"), a.procs)
+
+
+if __name__ == "__main__":
+    main()
