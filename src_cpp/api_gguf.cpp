@@ -148,6 +148,20 @@ ggml_type checked_type(int type) {
     return static_cast<ggml_type>(type);
 }
 
+// Bytes of n values, which must be whole blocks.
+uint64_t checked_size(ggml_type type, int64_t n) {
+    const int64_t block = ggml_blck_size(type);
+    if (n % block != 0) {
+        throw Error(PF_ERR_ARGUMENT, std::to_string(n) + " values are no whole number of " + ggml_type_name(type) +
+                                         " blocks of " + std::to_string(block));
+    }
+    const int64_t n_bytes = pf_row_size(type, n);
+    if (n_bytes < 0) {
+        throw Error(PF_ERR_ARGUMENT, std::to_string(n) + " values take more bytes than 64 bits can count");
+    }
+    return static_cast<uint64_t>(n_bytes);
+}
+
 // The largest magnitude a type can be given; 0 for types that cannot be written here.
 float largest(ggml_type type) {
     switch (type) {
@@ -202,10 +216,10 @@ void check_range(const float * src, int64_t n_per_row, int64_t n, ggml_type type
     const float limit = largest(type);
     for (int64_t i = 0; i < n; ++i) {
         if (!(std::fabs(src[i]) <= limit)) { // a NaN compares false
-            throw Error(PF_ERR_ARGUMENT, "value " + std::to_string(src[i]) + " in row " + std::to_string(i / n_per_row) +
-                                             ", column " + std::to_string(i % n_per_row) + " can't be written as " +
-                                             ggml_type_name(type) + ": it must be finite and at most " +
-                                             std::to_string(limit) + " in magnitude");
+            throw Error(PF_ERR_ARGUMENT,
+                        "value " + std::to_string(src[i]) + " in row " + std::to_string(i / n_per_row) + ", column " +
+                            std::to_string(i % n_per_row) + " can't be written as " + ggml_type_name(type) +
+                            ": it must be finite and at most " + std::to_string(limit) + " in magnitude");
         }
     }
 }
@@ -243,19 +257,15 @@ int pf_quantize(int type_number, const float * src, int64_t n_per_row, int64_t n
         if (largest(type) == 0.0f) {
             refuse_unwritable(type);
         }
-        const int64_t row_size = pf_row_size(type, n_per_row);
-        if (row_size < 0) {
-            throw Error(PF_ERR_ARGUMENT, "rows of " + std::to_string(n_per_row) + " values are no whole number of " +
-                                             ggml_type_name(type) + " blocks of " +
-                                             std::to_string(ggml_blck_size(type)));
-        }
-        int64_t n, n_bytes;
+        const uint64_t row_size = checked_size(type, n_per_row);
+        int64_t n;
+        uint64_t n_bytes;
         if (__builtin_mul_overflow(n_per_row, n_rows, &n) || __builtin_mul_overflow(row_size, n_rows, &n_bytes)) {
-            throw Error(PF_ERR_ARGUMENT, "n_per_row times n_rows does not fit 64 bits");
+            throw Error(PF_ERR_ARGUMENT, "n_per_row times n_rows is more than 64 bits can count");
         }
-        if (dst_size != static_cast<uint64_t>(n_bytes)) {
-            throw Error(PF_ERR_ARGUMENT, "dst_size is " + std::to_string(dst_size) + " and must be " +
-                                             std::to_string(n_bytes));
+        if (dst_size != n_bytes) {
+            throw Error(PF_ERR_ARGUMENT,
+                        "dst_size is " + std::to_string(dst_size) + " and must be " + std::to_string(n_bytes));
         }
         check_range(src, n_per_row, n, type);
 
@@ -282,15 +292,10 @@ int pf_dequantize(int type_number, const void * src, uint64_t src_size, int64_t 
         require(src && dst, "src and dst must not be NULL");
         require(n_values > 0, "n_values must be at least 1");
         const ggml_type type = checked_type(type_number);
-        const int64_t n_bytes = pf_row_size(type, n_values);
-        if (n_bytes < 0) {
-            throw Error(PF_ERR_ARGUMENT, std::to_string(n_values) + " values are no whole number of " +
-                                             ggml_type_name(type) + " blocks of " +
-                                             std::to_string(ggml_blck_size(type)));
-        }
-        if (src_size != static_cast<uint64_t>(n_bytes)) {
-            throw Error(PF_ERR_ARGUMENT, "src_size is " + std::to_string(src_size) + " and must be " +
-                                             std::to_string(n_bytes));
+        const uint64_t n_bytes = checked_size(type, n_values);
+        if (src_size != n_bytes) {
+            throw Error(PF_ERR_ARGUMENT,
+                        "src_size is " + std::to_string(src_size) + " and must be " + std::to_string(n_bytes));
         }
         if (type == GGML_TYPE_F32) {
             std::memcpy(dst, src, src_size);
@@ -299,7 +304,7 @@ int pf_dequantize(int type_number, const void * src, uint64_t src_size, int64_t 
         const ggml_to_float_t to_float = ggml_get_type_traits(type)->to_float;
         if (!to_float) {
             throw Error(PF_ERR_UNSUPPORTED, std::string(ggml_type_name(type)) + " is not a format of weights, so it "
-                                                                               "has no conversion to f32");
+                                                                                "has no conversion to f32");
         }
         to_float(src, dst, n_values);
     });

@@ -190,8 +190,9 @@ class Parser {
         const bool in_range = type < GGML_TYPE_COUNT;
         const int64_t block = in_range ? ggml_blck_size(static_cast<ggml_type>(type)) : 0;
         if (block == 0) {
-            in_.fail(type_at, "its type is number " + std::to_string(type) + ", which ggml " + ggml_version() +
-                                  " does not have: the file is damaged, outdated or newer than this runtime",
+            in_.fail(type_at,
+                     "its type is number " + std::to_string(type) + ", which ggml " + ggml_version() +
+                         " does not have: the file is damaged, outdated or newer than this runtime",
                      PF_ERR_UNSUPPORTED);
         }
         tensor.type = static_cast<ggml_type>(type);

@@ -60,7 +60,8 @@ class Cursor {
         return bytes;
     }
 
-    template <class T> T read(const char * what) {
+    template <class T>
+    T read(const char * what) {
         T value;
         std::memcpy(&value, take(sizeof(T), what), sizeof(T));
         return value;

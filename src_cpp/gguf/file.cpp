@@ -10,7 +10,8 @@ namespace pf {
 
 namespace {
 
-template <class T> T load(const uint8_t * bytes) {
+template <class T>
+T load(const uint8_t * bytes) {
     T value;
     std::memcpy(&value, bytes, sizeof(T));
     return value;
@@ -47,8 +48,8 @@ const GgufValue & GgufFile::Impl::need(std::string_view key) const {
 }
 
 void GgufFile::Impl::fail(const GgufValue & value, const std::string & sentence) const {
-    throw Error(PF_ERR_FORMAT, path + ": key " + quoted(value.key) + " at byte " + std::to_string(value.offset) + ": " +
-                                   sentence);
+    throw Error(PF_ERR_FORMAT,
+                path + ": key " + quoted(value.key) + " at byte " + std::to_string(value.offset) + ": " + sentence);
 }
 
 void GgufFile::Impl::fail_type(const GgufValue & value, const char * expected) const {
@@ -127,8 +128,7 @@ const JoinedStrings & GgufFile::Impl::strings(const GgufValue & value) const {
 }
 
 std::shared_ptr<const GgufFile> GgufAccess::over(Bytes bytes, const std::string & path) {
-    return std::shared_ptr<const GgufFile>(
-        new GgufFile(std::make_unique<GgufFile::Impl>(path, std::move(bytes))));
+    return std::shared_ptr<const GgufFile>(new GgufFile(std::make_unique<GgufFile::Impl>(path, std::move(bytes))));
 }
 
 // ---- outside ---------------------------------------------------------------------------------------------------
@@ -168,8 +168,8 @@ int64_t GgufFile::get_int(std::string_view key, int64_t lo, int64_t hi) const {
     }
     const int64_t number = impl_->integer(value, 0);
     if (number < lo || number > hi) {
-        impl_->fail(value, "is " + std::to_string(number) + ", outside " + std::to_string(lo) + " to " +
-                               std::to_string(hi));
+        impl_->fail(value,
+                    "is " + std::to_string(number) + ", outside " + std::to_string(lo) + " to " + std::to_string(hi));
     }
     return number;
 }
