@@ -1,6 +1,226 @@
-// The C interface: handles, status codes, no exceptions across.
-#include "pydflash.h"
+// The C interface of models and sessions: handles, status codes, no exceptions across. GGUF and quantisation are in
+// api_gguf.cpp, the parts of a step in api_spec.cpp.
+#include <chrono>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "api_guard.h"
+#include "ggml.h"
+#include "session.h"
+
+struct pf_model {
+    std::shared_ptr<const pf::Target> target;
+};
+
+struct pf_draft {
+    std::shared_ptr<const pf::Drafter> drafter;
+};
+
+struct pf_session {
+    std::shared_ptr<const pf::Target> target;
+    std::shared_ptr<const pf::Drafter> drafter;
+    pf::Session session;
+};
+
+namespace {
+
+// Fixed, so that keeping a sentence cannot fail.
+thread_local char last_error[2048];
+
+// The struct the caller compiled against may be older and shorter than ours: fields it lacks keep their defaults.
+template <class T> T read_params(const T * given, void (*set_default)(T *)) {
+    T params;
+    set_default(&params);
+    if (given) {
+        pf::require(given->size >= sizeof(uint32_t) && given->size <= sizeof(T),
+                    "the size field of an options struct is wrong; fill it with its *_default() function first");
+        std::memcpy(&params, given, given->size);
+        params.size = sizeof(T);
+    }
+    return params;
+}
+
+template <class T> void write_result(const T & result, T * out) {
+    const uint32_t size = out->size;
+    pf::require(size >= sizeof(uint32_t) && size <= sizeof(T), "the size field of a result struct is wrong; set it to sizeof");
+    std::memcpy(out, &result, size);
+    out->size = size;
+}
+
+} // namespace
+
+int pf::set_last_error(int code, const char * message) noexcept {
+    std::snprintf(last_error, sizeof(last_error), "%s", message);
+    return code;
+}
 
 int pf_abi_version(void) {
     return PF_ABI_VERSION;
+}
+
+const char * pf_last_error(void) {
+    return last_error;
+}
+
+// ---- models ------------------------------------------------------------------------------------------------------
+
+int pf_model_open(const char * path, pf_model ** out) {
+    return pf::guard([&] {
+        pf::require(path && out, "pf_model_open: path and out must not be null");
+        *out = new pf_model{pf::Target::open(path)};
+    });
+}
+
+void pf_model_free(pf_model * model) {
+    delete model;
+}
+
+int pf_model_get_info(const pf_model * model, pf_model_info * out) {
+    return pf::guard([&] {
+        pf::require(model && out, "pf_model_get_info: model and out must not be null");
+        const pf::Target & t = *model->target;
+        pf_model_info info = {};
+        info.n_vocab = t.n_vocab;
+        info.n_embd = t.n_embd;
+        info.n_layer = t.n_layer;
+        info.n_ctx_train = t.n_ctx_train;
+        info.n_params = t.weights().n_params();
+        info.n_bytes = t.weights().n_bytes();
+        write_result(info, out);
+    });
+}
+
+int pf_draft_open(const char * path, const pf_model * target, pf_draft ** out) {
+    return pf::guard([&] {
+        pf::require(path && target && out, "pf_draft_open: path, target and out must not be null");
+        *out = new pf_draft{pf::Drafter::open(path, target->target)};
+    });
+}
+
+void pf_draft_free(pf_draft * draft) {
+    delete draft;
+}
+
+int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out) {
+    return pf::guard([&] {
+        pf::require(draft && out, "pf_draft_get_info: draft and out must not be null");
+        const pf::Drafter & d = *draft->drafter;
+        pf_draft_info info = {};
+        info.n_layer = d.n_layer;
+        info.block_size = d.block_size;
+        info.mask_token_id = d.mask_token_id;
+        info.n_taps = (int32_t) d.taps.size();
+        std::memcpy(info.taps, d.taps.data(), d.taps.size() * sizeof(int32_t));
+        info.n_params = d.weights().n_params();
+        info.n_bytes = d.weights().n_bytes();
+        write_result(info, out);
+    });
+}
+
+// ---- sessions ----------------------------------------------------------------------------------------------------
+
+void pf_session_params_default(pf_session_params * params) {
+    *params = {};
+    params->size = sizeof(*params);
+    params->type_k = GGML_TYPE_F16;
+    params->type_v = GGML_TYPE_F16;
+    params->n_batch = 512;
+    params->n_ring = 4096;
+}
+
+void pf_generate_params_default(pf_generate_params * params) {
+    *params = {};
+    params->size = sizeof(*params);
+    params->budget = 16;
+    params->shape = PF_SHAPE_TREE;
+    params->top_p = 1.0f;
+}
+
+int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_session_params * params, pf_session ** out) {
+    return pf::guard([&] {
+        pf::require(target && out, "pf_session_open: target and out must not be null");
+        const pf_session_params p = read_params(params, pf_session_params_default);
+        std::shared_ptr<const pf::Drafter> drafter = draft ? draft->drafter : nullptr;
+        if (drafter && &drafter->target() != target->target.get()) {
+            throw pf::Error(PF_ERR_MISMATCH, "pf_session_open: the drafter was opened for another target");
+        }
+        *out = new pf_session{target->target, drafter, pf::Session(target->target, drafter, p)};
+    });
+}
+
+void pf_session_free(pf_session * session) {
+    delete session;
+}
+
+int pf_session_reset(pf_session * session) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_reset: session must not be null");
+        session->session.reset();
+    });
+}
+
+int pf_session_n_ctx(const pf_session * session) {
+    return session ? session->session.n_ctx() : 0;
+}
+
+int64_t pf_session_n_tokens(const pf_session * session) {
+    return session ? session->session.n_tokens() : 0;
+}
+
+int pf_session_append(pf_session * session, const int32_t * ids, uint64_t n) {
+    return pf::guard([&] {
+        pf::require(session && (ids || n == 0), "pf_session_append: session and ids must not be null");
+        session->session.append(ids, n);
+    });
+}
+
+int pf_session_configure(pf_session * session, const pf_generate_params * params) {
+    return pf::guard([&] {
+        pf::require(session && params, "pf_session_configure: session and params must not be null");
+        session->session.configure(read_params(params, pf_generate_params_default));
+    });
+}
+
+int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out) {
+    return pf::guard([&] {
+        pf::require(session && out, "pf_session_step: session and out must not be null");
+        pf_step_result result = {};
+        session->session.step(max_tokens, result);
+        write_result(result, out);
+    });
+}
+
+int pf_session_commit(pf_session * session, int32_t n_keep, double * commit_ms) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_commit: session must not be null");
+        const auto start = std::chrono::steady_clock::now();
+        session->session.commit(n_keep);
+        if (commit_ms) {
+            *commit_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
+        }
+    });
+}
+
+int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out) {
+    return pf::guard([&] {
+        pf::require(session && ids && out, "pf_session_logits: session, ids and out must not be null");
+        session->session.logits(ids, n, out);
+    });
+}
+
+int pf_session_hidden(pf_session * session, const int32_t * ids, uint64_t n, const int32_t * layers, int32_t n_layers,
+                      float * out) {
+    return pf::guard([&] {
+        pf::require(session && ids && layers && out && n_layers > 0,
+                    "pf_session_hidden: session, ids, layers and out must not be null, and n_layers positive");
+        session->session.hidden(ids, n, std::vector<int32_t>(layers, layers + n_layers), out);
+    });
+}
+
+int pf_session_draft_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out) {
+    return pf::guard([&] {
+        pf::require(session && ids && out, "pf_session_draft_logits: session, ids and out must not be null");
+        session->session.draft_logits(ids, n, out);
+    });
 }

@@ -1,0 +1,163 @@
+#include "state.h"
+
+#include <algorithm>
+#include <cmath>
+#include <string>
+
+#include "error.h"
+#include "ggml-tree.h"
+
+namespace pf {
+
+namespace {
+
+constexpr int64_t kv_granule = 256; // a KV view's length is a multiple of this, so graphs repeat
+
+int64_t largest_power_of_two_divisor(int64_t n) {
+    return n & -n;
+}
+
+// Orthonormal Walsh-Hadamard matrix, H[i][j] = (-1)^popcount(i & j) / sqrt(n).
+void fill_hadamard(ggml_tensor * t) {
+    const int64_t n = t->ne[0];
+    std::vector<float> h((size_t) n * n);
+    const float scale = 1.0f / std::sqrt((float) n);
+    for (int64_t i = 0; i < n; ++i) {
+        for (int64_t j = 0; j < n; ++j) {
+            h[(size_t) (i * n + j)] = __builtin_parityll((unsigned long long) (i & j)) ? -scale : scale;
+        }
+    }
+    ggml_backend_tensor_set(t, h.data(), 0, h.size() * sizeof(float));
+}
+
+} // namespace
+
+ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor * x) {
+    const int64_t n = hadamard->ne[0];
+    ggml_tensor * flat = ggml_reshape_2d(b.ctx, ggml_is_contiguous(x) ? x : ggml_cont(b.ctx, x), n, ggml_nelements(x) / n);
+    ggml_tensor * y = ggml_mul_mat(b.ctx, hadamard, flat);
+    ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
+    return ggml_reshape_4d(b.ctx, y, x->ne[0], x->ne[1], x->ne[2], x->ne[3]);
+}
+
+State::State(const StateShape & shape_in, const StateParams & params_in, ggml_backend_t backend)
+    : shape(shape_in), params(params_in) {
+    n_rows = (params.n_ctx + PF_MAX_NODES + kv_granule - 1) / kv_granule * kv_granule;
+    rotate_k = params.type_k == GGML_TYPE_Q4_0;
+    rotate_v = params.type_v == GGML_TYPE_Q4_0;
+
+    const size_t n_tensors = (size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 6 + 8;
+    ctx_ = ggml_init({ggml_tensor_overhead() * n_tensors, nullptr, true});
+    if (!ctx_) {
+        throw Error(PF_ERR_MEMORY, "no memory for the session's tensor table");
+    }
+    const int64_t n_kv_row = (int64_t) shape.head_dim * shape.n_head_kv;
+    for (int i = 0; i < shape.n_attn; ++i) {
+        k.push_back(ggml_new_tensor_2d(ctx_, params.type_k, n_kv_row, n_rows));
+        v.push_back(ggml_new_tensor_2d(ctx_, params.type_v, n_kv_row, n_rows));
+    }
+    for (int i = 0; i < shape.n_recurrent; ++i) {
+        const int64_t n = params.max_nodes;
+        s.push_back(ggml_new_tensor_3d(ctx_, GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
+        conv.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
+        tree_k.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, (int64_t) shape.d_key * shape.n_key_heads, n));
+        tree_delta.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, (int64_t) shape.d_value * shape.n_value_heads, n));
+        tree_g.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.n_value_heads, n));
+        tree_x.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.channels, n));
+    }
+    if (params.n_taps > 0) {
+        ring = ggml_new_tensor_2d(ctx_, params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
+    }
+    if (rotate_k && shape.n_attn > 0) {
+        const int64_t n = largest_power_of_two_divisor(shape.head_dim);
+        hadamard_k = ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, n, n);
+    }
+    if (rotate_v && shape.n_attn > 0) {
+        const int64_t n = std::min<int64_t>(64, largest_power_of_two_divisor(shape.head_dim));
+        hadamard_v = ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, n, n);
+    }
+
+    buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
+    if (!buffer_) {
+        uint64_t need = 0;
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
+            need += ggml_nbytes(t);
+        }
+        ggml_free(ctx_);
+        throw Error(PF_ERR_MEMORY, "the session's caches need " + std::to_string(need >> 20) +
+                                       " MiB, which this machine would not give; ask for a smaller n_ctx or a smaller "
+                                       "kv_type");
+    }
+    // Masked rows are multiplied by a weight of zero: they must hold numbers.
+    ggml_backend_buffer_clear(buffer_, 0);
+    if (hadamard_k) {
+        fill_hadamard(hadamard_k);
+    }
+    if (hadamard_v) {
+        fill_hadamard(hadamard_v);
+    }
+}
+
+State::~State() {
+    ggml_backend_buffer_free(buffer_);
+    ggml_free(ctx_);
+}
+
+void State::clear() {
+    for (size_t i = 0; i < s.size(); ++i) {
+        ggml_backend_tensor_memset(s[i], 0, 0, ggml_nbytes(s[i]));
+        ggml_backend_tensor_memset(conv[i], 0, 0, ggml_nbytes(conv[i]));
+    }
+}
+
+uint64_t State::n_bytes() const {
+    return ggml_backend_buffer_get_size(buffer_);
+}
+
+void State::save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,
+                      ggml_tensor * g) const {
+    const int64_t n = x->ne[1];
+    const auto save = [&](ggml_tensor * from, ggml_tensor * to) {
+        b.keep(ggml_cpy(b.ctx, from, ggml_view_2d(b.ctx, to, to->ne[0], n, to->nb[1], 0)));
+    };
+    save(x, tree_x[layer]);
+    save(ggml_reshape_2d(b.ctx, ggml_cont(b.ctx, key), tree_k[layer]->ne[0], n), tree_k[layer]);
+    save(ggml_reshape_2d(b.ctx, delta, tree_delta[layer]->ne[0], n), tree_delta[layer]);
+    save(g, tree_g[layer]);
+}
+
+void State::commit_recurrent(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,
+                             ggml_tensor * g, const CommitInputs & in) const {
+    b.keep(ggml_gated_delta_net_tree_persist(b.ctx, s[layer], key, delta, g, in.path));
+    ggml_tensor * tail = ggml_get_rows(b.ctx, x, in.conv_tail);                    // [channels, K-1]
+    ggml_tensor * both = ggml_concat(b.ctx, conv[layer], tail, 1);                 // [channels, 2 (K-1)]
+    b.keep(ggml_cpy(b.ctx, ggml_get_rows(b.ctx, both, in.conv_from), conv[layer]));
+}
+
+void State::commit_tree(const GraphBuilder & b, int n_nodes, const CommitInputs & in) const {
+    const int64_t n = n_nodes;
+    for (int i = 0; i < shape.n_recurrent; ++i) {
+        const auto view3 = [&](ggml_tensor * t, int64_t d, int64_t heads) {
+            return ggml_view_3d(b.ctx, t, d, heads, n, (size_t) d * sizeof(float), t->nb[1], 0);
+        };
+        commit_recurrent(b, i, ggml_view_2d(b.ctx, tree_x[i], shape.channels, n, tree_x[i]->nb[1], 0),
+                         view3(tree_k[i], shape.d_key, shape.n_key_heads),
+                         view3(tree_delta[i], shape.d_value, shape.n_value_heads),
+                         ggml_view_2d(b.ctx, tree_g[i], shape.n_value_heads, n, tree_g[i]->nb[1], 0), in);
+    }
+    const auto move = [&](ggml_tensor * t, ggml_tensor * from, ggml_tensor * to) {
+        // Through F32 and back: bit-exact for every cache type.
+        b.keep(ggml_set_rows(b.ctx, t, ggml_get_rows(b.ctx, t, from), to));
+    };
+    if (in.kv_from) {
+        for (int i = 0; i < shape.n_attn; ++i) {
+            move(k[i], in.kv_from, in.kv_to);
+            move(v[i], in.kv_from, in.kv_to);
+        }
+        if (ring) {
+            move(ring, in.ring_from, in.ring_to);
+        }
+    }
+}
+
+} // namespace pf

@@ -1,0 +1,80 @@
+// Where graphs run: one backend with its threads, one compute buffer that all graphs of a session share, and the graphs
+// themselves, built once per shape and reused. Tensors that outlive a graph's run must not live in the compute buffer.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "ggml-alloc.h"
+#include "ggml-backend.h"
+#include "model/graph.h"
+
+namespace pf {
+
+// What a graph is built for: its kind and the sizes that shape it.
+using GraphKey = std::array<int64_t, 4>;
+
+struct Graph {
+    Graph() = default;
+    virtual ~Graph() { ggml_free(ctx); }
+    Graph(const Graph &) = delete;
+    Graph & operator=(const Graph &) = delete;
+
+    ggml_context * ctx = nullptr;
+    ggml_cgraph * gf = nullptr;
+    uint64_t last_used = 0;
+};
+
+class Compute {
+  public:
+    // n_threads 0: one per core this process may run on. max_nodes: of any graph that will be built.
+    Compute(int n_threads, size_t max_nodes);
+    ~Compute();
+    Compute(const Compute &) = delete;
+    Compute & operator=(const Compute &) = delete;
+
+    ggml_backend_t backend() const { return backend_; }
+    uint64_t n_graphs_built() const { return n_built_; }
+    uint64_t n_bytes() const { return buffer_bytes_; }
+
+    // The graph for `key`, built by build(builder, graph) the first time.
+    template <class G, class Build> G & graph(const GraphKey & key, Build && build) {
+        auto found = graphs_.find(key);
+        if (found == graphs_.end()) {
+            auto made = std::make_unique<G>();
+            start(*made);
+            build(GraphBuilder{made->ctx, made->gf}, *made);
+            place(*made);
+            found = graphs_.emplace(key, std::move(made)).first;
+        }
+        found->second->last_used = ++clock_;
+        return static_cast<G &>(*found->second);
+    }
+
+    void run(Graph & graph); // throws PF_ERR_INTERNAL when the backend fails
+    void drop_graphs();      // needed when a tensor that graphs refer to is replaced
+
+  private:
+    void start(Graph & graph) const;
+    void place(Graph & graph);
+
+    ggml_backend_t backend_ = nullptr;
+    void * threadpool_ = nullptr;
+    ggml_gallocr_t allocator_ = nullptr;
+    size_t max_nodes_;
+    uint64_t buffer_bytes_ = 0;
+    uint64_t clock_ = 0;
+    uint64_t n_built_ = 0;
+    std::map<GraphKey, std::unique_ptr<Graph>> graphs_;
+};
+
+// Cores this process may run on.
+int available_cores();
+
+// Fills all of t; does nothing for an input that the graph turned out not to use.
+void set_input(ggml_tensor * t, const void * data);
+
+} // namespace pf

@@ -1,0 +1,101 @@
+// One timeline of tokens, and the only place that knows the order of things: prefill, and the decode step
+// draft -> tree -> verify -> accept -> commit.
+//
+// Between calls the session stands at n committed tokens (KV rows, recurrent state, drafter ring) and one pending token:
+// chosen, not yet evaluated, the root of the next tree. Plain decoding is a tree of one node, a chain a tree without
+// branches. After an error in the middle of a pass the session is reset.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cache/mask.h"
+#include "cache/state.h"
+#include "compute.h"
+#include "model/drafter.h"
+#include "model/target.h"
+#include "spec/accept.h"
+#include "spec/sampler.h"
+#include "spec/tree.h"
+
+namespace pf {
+
+class Session {
+  public:
+    Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter, const pf_session_params & params);
+    ~Session();
+
+    int32_t n_ctx() const { return (int32_t) n_ctx_; }
+    int64_t n_tokens() const { return n_ + (pending_ >= 0 ? 1 : 0); }
+
+    void reset();
+    void append(const int32_t * ids, uint64_t n);
+    void configure(const pf_generate_params & params);
+    void step(int32_t max_tokens, pf_step_result & out);
+    void commit(int32_t n_keep);
+
+    void logits(const int32_t * ids, uint64_t n, float * out);
+    void hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t> & layers, float * out);
+    void draft_logits(const int32_t * ids, uint64_t n, float * out);
+
+  private:
+    struct PassGraph;
+    struct CommitGraph;
+    struct AppendGraph;
+    struct DraftGraph;
+
+    // The nodes of one pass; depth and parent give a tree, pads have parent -1 and depth 0.
+    struct Nodes {
+        int32_t n_real = 0;
+        int32_t n = 0; // with pads
+        std::vector<int32_t> token, parent, depth;
+    };
+
+    PassGraph & run_pass(const Nodes & nodes, const PassOptions & options);
+    void fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t * path, int32_t n_path);
+    const PassGraph & evaluate(const int32_t * ids, int32_t n, PassOptions options);
+    template <class Read>
+    void evaluate_all(const int32_t * ids, uint64_t n, const PassOptions & options, Read && read);
+    void append_context(int64_t first, int32_t n); // features of committed positions into the drafter's ring
+    const float * draft(int32_t n_depth);          // logits [n_depth, n_vocab]
+    void fill_draft_mask(ggml_tensor * mask, bool sliding);
+    void draft_tree(int32_t n_depth, pf_step_result & out);
+    int32_t choose(const PassGraph & pass, int32_t node, int64_t position);
+    void set_max_nodes(int32_t n);
+    void check_ids(const int32_t * ids, uint64_t n) const;
+    void require_fits(uint64_t n) const;
+    void require_settled(const char * what) const;
+    template <class Body> void reset_on_error(Body && body);
+
+    std::shared_ptr<const Target> target_;
+    std::shared_ptr<const Drafter> drafter_;
+    int64_t n_ctx_;
+    int32_t n_batch_;
+    StateParams state_params_;
+    Compute compute_;
+    std::unique_ptr<State> state_;
+    std::unique_ptr<DraftCache> draft_cache_;
+    Mask mask_;
+    std::unique_ptr<Sampler> sampler_;
+
+    int64_t n_ = 0;         // committed tokens
+    int32_t pending_ = -1;  // chosen, not yet evaluated; -1: the timeline is empty
+    int32_t budget_ = 0;
+    int32_t shape_ = PF_SHAPE_TREE;
+    std::vector<int32_t> stop_ids_;
+
+    Tree tree_;             // of the last step
+    Accepted accepted_;
+    bool uncommitted_ = false;
+
+    Nodes nodes_;           // work memory, sized once
+    std::vector<float> embd_;
+    std::vector<float> row_;
+    std::vector<float> draft_logits_;
+    std::vector<int32_t> i32_, top_ids_;
+    std::vector<int64_t> i64_;
+    std::vector<float> top_logp_;
+    std::vector<ggml_fp16_t> draft_mask_;
+};
+
+} // namespace pf
