@@ -1,1 +1,43 @@
-"""A GGUF runtime for hybrid Qwen3.5 targets with DFlash drafting and DDTree verification."""
+"""A GGUF runtime for hybrid Qwen3.5 targets with DFlash drafting and DDTree verification.
+
+with pydflash.Session() as session:
+    print(session.generate("def fibonacci(n):").text)
+"""
+
+from pydflash.errors import (
+    ArgumentError,
+    ContextFullError,
+    DraftMismatchError,
+    InternalError,
+    ModelFileError,
+    ModelFormatError,
+    OutOfMemoryError,
+    PydflashError,
+    StateError,
+    UnknownOptionError,
+    UnsupportedModelError,
+)
+from pydflash.results import Chunk, Result, Stats
+from pydflash.session import Session
+from pydflash.tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArgumentError",
+    "Chunk",
+    "ContextFullError",
+    "DraftMismatchError",
+    "InternalError",
+    "ModelFileError",
+    "ModelFormatError",
+    "OutOfMemoryError",
+    "PydflashError",
+    "Result",
+    "Session",
+    "StateError",
+    "Stats",
+    "Tokenizer",
+    "UnknownOptionError",
+    "UnsupportedModelError",
+]

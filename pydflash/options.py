@@ -1,0 +1,130 @@
+"""Options checked before anything is opened or run: every refusal names the option, its value and what it may be."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
+
+from pydflash._lib import ffi, lib
+from pydflash.errors import ArgumentError, nearest
+
+KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
+MAX_BUDGET: int = lib.PF_MAX_NODES - 1
+
+Stop: TypeAlias = "str | int | Sequence[str | int] | None"
+KvType: TypeAlias = "str | tuple[str, str]"
+
+
+def integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
+    """An integer within [low, high]; numpy's count, floats and bools do not."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not low <= number <= high:
+        raise ArgumentError(f"{name} is {value!r}; it must be an integer from {low} to {high}")
+    return number
+
+
+def number(name: str, value: SupportsFloat, low: float, high: float) -> float:
+    """A number within [low, high]."""
+    try:
+        result = float(value)
+    except (TypeError, ValueError):
+        result = float("nan")
+    if not low <= result <= high:
+        raise ArgumentError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
+    return result
+
+
+def one_of(name: str, value: object, known: Iterable[str]) -> str:
+    """One of a few names."""
+    if isinstance(value, str) and value in known:
+        return value
+    raise ArgumentError(f"{name} is {value!r}{nearest(str(value), known) or '; it must be one of ' + ', '.join(known)}")
+
+
+def token_ids(name: str, ids: Iterable[SupportsIndex], n_vocab: int) -> list[int]:
+    """Token ids of any iterable of integers (lists, numpy arrays), each within the vocabulary."""
+    try:
+        checked = list(map(operator.index, ids))
+    except TypeError:
+        raise ArgumentError(f"{name} is {_brief(ids)}, not a sequence of integer token ids") from None
+    for i, token_id in enumerate(checked):
+        if not 0 <= token_id < n_vocab:
+            raise ArgumentError(f"{name}[{i}] is {token_id}, but the vocabulary has {n_vocab} tokens")
+    return checked
+
+
+def kv_types(value: KvType) -> tuple[int, int]:
+    """ggml types of the K and the V cache."""
+    pair = (value, value) if isinstance(value, str) else value
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+        raise ArgumentError(f"kv_type is {value!r}; it must be one of {', '.join(KV_TYPES)}, or a pair of them (K, V)")
+    k, v = (int(lib.pf_type_from_name(one_of("kv_type", name, KV_TYPES).encode())) for name in pair)
+    return k, v
+
+
+def stops(value: Stop, n_vocab: int) -> tuple[list[str], list[int]]:
+    """Stop strings and stop token ids."""
+    if value is None:
+        return [], []
+    items = [value] if isinstance(value, (str, SupportsIndex)) else list(value)
+    texts = [item for item in items if isinstance(item, str)]
+    if "" in texts:
+        raise ArgumentError("stop holds an empty string, which would end every text before it begins")
+    return texts, token_ids("stop", [item for item in items if not isinstance(item, str)], n_vocab)
+
+
+def check_device(device: str) -> None:
+    """Only the CPU, in this build."""
+    if device == "cuda":
+        raise ArgumentError("device is 'cuda', but this build has no CUDA backend; use 'auto' or 'cpu'")
+    one_of("device", device, ("auto", "cpu"))
+
+
+def session_params(*, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None) -> Any:
+    """A filled pf_session_params."""
+    params = ffi.new("pf_session_params *")
+    lib.pf_session_params_default(params)
+    params.n_ctx = 0 if n_ctx is None else integer("n_ctx", n_ctx, 1, 2**31 - 1)
+    params.type_k, params.type_v = kv_types(kv_type)
+    params.n_batch = integer("n_batch", n_batch, 64, 4096)
+    if params.n_batch % 64:
+        raise ArgumentError(f"n_batch is {n_batch}; it must be a multiple of 64")
+    params.n_ring = integer("n_ring", n_ring, 1, 2**31 - 1)
+    params.n_threads = 0 if n_threads is None else integer("n_threads", n_threads, 1, 512)
+    return params
+
+
+def generate_params(
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    seed: int,
+    budget: int,
+    chain: bool,
+    stop_ids: list[int],
+) -> tuple[Any, Any]:
+    """A filled pf_generate_params, and the array it points into, which must live until it has been used."""
+    params = ffi.new("pf_generate_params *")
+    lib.pf_generate_params_default(params)
+    params.budget = integer("budget", budget, 0, MAX_BUDGET)
+    params.shape = lib.PF_SHAPE_CHAIN if chain else lib.PF_SHAPE_TREE
+    params.temperature = number("temperature", temperature, 0, 100)
+    params.top_k = integer("top_k", top_k, 0, 2**31 - 1)
+    params.top_p = number("top_p", top_p, 0, 1)
+    params.min_p = number("min_p", min_p, 0, 1)
+    params.seed = integer("seed", seed, 0, 2**64 - 1)
+    array = ffi.new("int32_t[]", stop_ids)
+    params.stop_ids = array
+    params.n_stop_ids = len(stop_ids)
+    return params, array
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,134 @@
+"""What a run gives back: chunks while it goes on, a result with its figures at the end."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+FinishReason = Literal["stop", "length", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Figures of one run. Times are milliseconds, rates tokens a second."""
+
+    n_prompt: int
+    n_generated: int
+    n_steps: int  # target passes after prefill
+    mean_accepted: float  # tokens committed per target pass; 0 without a pass
+    accepted_by_depth: list[float]  # [d - 1]: of the steps that offered depth d, the share that accepted it
+    tree_used: float | None  # accepted share of the drafted nodes; None when none was drafted
+    ms: dict[str, float]  # draft, build, verify, accept, commit: sums over all steps
+    prefill_ms: float
+    prefill_tps: float
+    decode_tps: float
+    output_hash: str  # 16 hex digits: SHA-256 over the ids as little-endian int32
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures as JSON takes them."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Result:
+    """One whole generation.
+
+    ids: the tokens committed after the prompt, the one that ended the run included.
+    text: their text, without control tokens, cut before a stop token or stop string.
+    finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the context is full) or "cancelled".
+    mean_accepted: tokens committed per target pass.
+    seed: what the draws were made with; give it again to get the same text.
+    """
+
+    ids: list[int]
+    text: str
+    finish_reason: FinishReason
+    mean_accepted: float
+    stats: Stats
+    seed: int
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one step adds.
+
+    text: whole characters only; what may be the beginning of a stop string is held back until it is not.
+    ids: the tokens the step committed; all chunks' ids are the result's ids, all chunks' text is its text.
+    accepted: how many they are.
+    result: on the last chunk, the whole; None before.
+    """
+
+    text: str
+    ids: list[int]
+    accepted: int
+    result: Result | None = None
+
+
+def output_hash(ids: Sequence[int]) -> str:
+    """16 hex digits that tell one output from another: SHA-256 over the ids as little-endian int32."""
+    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()[:16]
+
+
+class Tally:
+    """Adds up the steps of a run."""
+
+    def __init__(self, n_prompt: int) -> None:
+        self._n_prompt = n_prompt
+        self._ids: list[int] = []
+        self._text: list[str] = []
+        self._n_steps = 0
+        self._offered: list[int] = []  # [d - 1]: steps that offered depth d
+        self._reached: list[int] = []
+        self._n_drafted = 0
+        self._n_used = 0
+        self._ms = dict.fromkeys(("draft", "build", "verify", "accept", "commit"), 0.0)
+        self._prefill_s = 0.0
+        self._decode_s = 0.0
+
+    def prefilled(self, seconds: float) -> None:
+        """The prompt was evaluated, all but its last token, in this time."""
+        self._prefill_s = seconds
+
+    def text(self, piece: str) -> None:
+        """Text that was given out."""
+        self._text.append(piece)
+
+    def step(self, step: Any, kept: list[int], *, ended: bool, commit_ms: float, seconds: float) -> None:
+        """One step: pf_step_result, the tokens of it that were kept, whether the walk was cut short by a stop token or
+        by max_tokens (what lay deeper was then never asked, and counts as not offered), and its time on the clock."""
+        self._ids += kept
+        self._n_steps += 1
+        reached = step.n_tokens - 1
+        offered = reached if ended else max(reached, step.max_depth)
+        self._offered += [0] * (offered - len(self._offered))
+        self._reached += [0] * (offered - len(self._reached))
+        for depth in range(offered):
+            self._offered[depth] += 1
+            self._reached[depth] += depth < reached
+        self._n_drafted += step.n_nodes - 1
+        self._n_used += reached
+        for name in ("draft", "build", "verify", "accept"):
+            self._ms[name] += getattr(step, f"{name}_ms")
+        self._ms["commit"] += commit_ms
+        self._decode_s += seconds
+
+    def result(self, finish_reason: FinishReason, seed: int) -> Result:
+        """The run as a whole."""
+        n_generated = len(self._ids)
+        stats = Stats(
+            n_prompt=self._n_prompt,
+            n_generated=n_generated,
+            n_steps=self._n_steps,
+            mean_accepted=n_generated / self._n_steps if self._n_steps else 0.0,
+            accepted_by_depth=[r / o for r, o in zip(self._reached, self._offered, strict=True)],
+            tree_used=self._n_used / self._n_drafted if self._n_drafted else None,
+            ms=dict(self._ms),
+            prefill_ms=self._prefill_s * 1e3,
+            prefill_tps=(self._n_prompt - 1) / self._prefill_s if self._prefill_s else 0.0,
+            decode_tps=n_generated / self._decode_s if self._decode_s else 0.0,
+            output_hash=output_hash(self._ids),
+        )
+        return Result(list(self._ids), "".join(self._text), finish_reason, stats.mean_accepted, stats, seed)
