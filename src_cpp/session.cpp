@@ -196,27 +196,6 @@ void Session::require_settled(const char * what) const {
     }
 }
 
-void Session::set_max_nodes(int32_t n) {
-    if (n <= state_params_.max_nodes) {
-        return;
-    }
-    if (n_ > 0) {
-        throw Error(PF_ERR_STATE, "the budget cannot grow in the middle of a timeline; configure the session before append, "
-                                  "or reset it");
-    }
-    StateParams larger = state_params_;
-    larger.max_nodes = n;
-    compute_.drop_graphs();
-    state_.reset(); // two at once might not fit
-    try {
-        state_ = std::make_unique<State>(target_->state_shape, larger, compute_.backend());
-    } catch (...) {
-        state_ = std::make_unique<State>(target_->state_shape, state_params_, compute_.backend());
-        throw;
-    }
-    state_params_ = larger;
-}
-
 void Session::configure(const pf_generate_params & params) {
     require_settled("configure");
     if (params.budget < 0 || params.budget >= PF_MAX_NODES) {
@@ -232,7 +211,10 @@ void Session::configure(const pf_generate_params & params) {
     check_ids(params.stop_ids, params.n_stop_ids);
     auto sampler = std::make_unique<Sampler>(target_->n_vocab, params);
     const int32_t budget = drafter_ ? params.budget : 0;
-    set_max_nodes(budget + 1);
+    if (budget + 1 > state_->max_nodes) {
+        compute_.drop_graphs(); // they point at the old scratch
+        state_->reserve_tree(budget + 1);
+    }
     sampler_ = std::move(sampler);
     budget_ = budget;
     shape_ = params.shape;

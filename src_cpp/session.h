@@ -61,7 +61,6 @@ class Session {
     void fill_draft_mask(ggml_tensor * mask, bool sliding);
     void draft_tree(int32_t n_depth, pf_step_result & out);
     int32_t choose(const PassGraph & pass, int32_t node, int64_t position);
-    void set_max_nodes(int32_t n);
     void check_ids(const int32_t * ids, uint64_t n) const;
     void require_fits(uint64_t n) const;
     void require_settled(const char * what) const;

@@ -1,9 +1,6 @@
 #include "mask.h"
 
 #include <algorithm>
-#include <string>
-
-#include "error.h"
 
 namespace pf {
 
@@ -14,26 +11,8 @@ const ggml_fp16_t closed_entry = 0xfc00; // -infinity
 
 } // namespace
 
-Mask::Mask(int64_t max_elements, ggml_backend_t backend) {
-    ctx_ = ggml_init({ggml_tensor_overhead() * 2, nullptr, true});
-    if (ctx_) {
-        memory_ = ggml_new_tensor_1d(ctx_, GGML_TYPE_F16, max_elements);
-        buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
-    }
-    if (!buffer_) {
-        ggml_free(ctx_);
-        throw Error(PF_ERR_MEMORY, "the attention mask needs " + std::to_string((max_elements * 2) >> 20) +
-                                       " MiB, which this machine would not give; ask for a smaller n_ctx or n_batch");
-    }
-}
-
-Mask::~Mask() {
-    ggml_backend_buffer_free(buffer_);
-    ggml_free(ctx_);
-}
-
-uint64_t Mask::n_bytes() const {
-    return ggml_backend_buffer_get_size(buffer_);
+Mask::Mask(int64_t max_elements, ggml_backend_t backend) : memory_(block_.add(GGML_TYPE_F16, max_elements, 1)) {
+    block_.allocate(backend, "the attention mask");
 }
 
 ggml_tensor * Mask::view(ggml_context * ctx, int64_t n_kv, int64_t n_nodes) const {

@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "ggml-backend.h"
+#include "tensor_block.h"
 
 namespace pf {
 
@@ -13,7 +13,6 @@ class Mask {
   public:
     // Room for any mask of at most max_elements = n_kv * N half-precision entries.
     Mask(int64_t max_elements, ggml_backend_t backend);
-    ~Mask();
     Mask(const Mask &) = delete;
     Mask & operator=(const Mask &) = delete;
 
@@ -24,11 +23,10 @@ class Mask {
     void write(ggml_tensor * mask, int64_t n_committed, const int32_t * parent);
     void forget(); // the next write fills everything
 
-    uint64_t n_bytes() const;
+    uint64_t n_bytes() const { return block_.n_bytes(); }
 
   private:
-    ggml_context * ctx_ = nullptr;
-    ggml_backend_buffer_t buffer_ = nullptr;
+    TensorBlock block_{1};
     ggml_tensor * memory_ = nullptr;
     int64_t n_kv_ = 0; // shape and committed length of what the memory holds; 0: nothing
     int64_t n_nodes_ = 0;

@@ -41,55 +41,33 @@ ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor
 }
 
 State::State(const StateShape & shape_in, const StateParams & params_in, ggml_backend_t backend)
-    : shape(shape_in), params(params_in) {
+    : shape(shape_in), params(params_in), backend_(backend) {
     n_rows = (params.n_ctx + PF_MAX_NODES + kv_granule - 1) / kv_granule * kv_granule;
     rotate_k = params.type_k == GGML_TYPE_Q4_0;
     rotate_v = params.type_v == GGML_TYPE_Q4_0;
 
-    const size_t n_tensors = (size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 6 + 8;
-    ctx_ = ggml_init({ggml_tensor_overhead() * n_tensors, nullptr, true});
-    if (!ctx_) {
-        throw Error(PF_ERR_MEMORY, "no memory for the session's tensor table");
-    }
+    memory_ = TensorBlock((size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 2 + 3);
     const int64_t n_kv_row = (int64_t) shape.head_dim * shape.n_head_kv;
     for (int i = 0; i < shape.n_attn; ++i) {
-        k.push_back(ggml_new_tensor_2d(ctx_, params.type_k, n_kv_row, n_rows));
-        v.push_back(ggml_new_tensor_2d(ctx_, params.type_v, n_kv_row, n_rows));
+        k.push_back(memory_.add(params.type_k, n_kv_row, n_rows));
+        v.push_back(memory_.add(params.type_v, n_kv_row, n_rows));
     }
     for (int i = 0; i < shape.n_recurrent; ++i) {
-        const int64_t n = params.max_nodes;
-        s.push_back(ggml_new_tensor_3d(ctx_, GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
-        conv.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
-        tree_k.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, (int64_t) shape.d_key * shape.n_key_heads, n));
-        tree_delta.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, (int64_t) shape.d_value * shape.n_value_heads, n));
-        tree_g.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.n_value_heads, n));
-        tree_x.push_back(ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, shape.channels, n));
+        s.push_back(memory_.add(GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
+        conv.push_back(memory_.add(GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
     }
     if (params.n_taps > 0) {
-        ring = ggml_new_tensor_2d(ctx_, params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
+        ring = memory_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
     }
     if (rotate_k && shape.n_attn > 0) {
         const int64_t n = largest_power_of_two_divisor(shape.head_dim);
-        hadamard_k = ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, n, n);
+        hadamard_k = memory_.add(GGML_TYPE_F32, n, n);
     }
     if (rotate_v && shape.n_attn > 0) {
         const int64_t n = std::min<int64_t>(64, largest_power_of_two_divisor(shape.head_dim));
-        hadamard_v = ggml_new_tensor_2d(ctx_, GGML_TYPE_F32, n, n);
+        hadamard_v = memory_.add(GGML_TYPE_F32, n, n);
     }
-
-    buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
-    if (!buffer_) {
-        uint64_t need = 0;
-        for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
-            need += ggml_nbytes(t);
-        }
-        ggml_free(ctx_);
-        throw Error(PF_ERR_MEMORY, "the session's caches need " + std::to_string(need >> 20) +
-                                       " MiB, which this machine would not give; ask for a smaller n_ctx or a smaller "
-                                       "kv_type");
-    }
-    // Masked rows are multiplied by a weight of zero: they must hold numbers.
-    ggml_backend_buffer_clear(buffer_, 0);
+    memory_.allocate(backend, "the session's caches");
     if (hadamard_k) {
         fill_hadamard(hadamard_k);
     }
@@ -98,9 +76,24 @@ State::State(const StateShape & shape_in, const StateParams & params_in, ggml_ba
     }
 }
 
-State::~State() {
-    ggml_backend_buffer_free(buffer_);
-    ggml_free(ctx_);
+void State::reserve_tree(int n_nodes) {
+    TensorBlock block((size_t) shape.n_recurrent * 4);
+    std::vector<ggml_tensor *> new_k, new_delta, new_g, new_x;
+    for (int i = 0; i < shape.n_recurrent; ++i) {
+        new_k.push_back(block.add(GGML_TYPE_F32, (int64_t) shape.d_key * shape.n_key_heads, n_nodes));
+        new_delta.push_back(block.add(GGML_TYPE_F32, (int64_t) shape.d_value * shape.n_value_heads, n_nodes));
+        new_g.push_back(block.add(GGML_TYPE_F32, shape.n_value_heads, n_nodes));
+        new_x.push_back(block.add(GGML_TYPE_F32, shape.channels, n_nodes));
+    }
+    if (shape.n_recurrent > 0) {
+        block.allocate(backend_, "the scratch of verified trees");
+    }
+    scratch_ = std::move(block);
+    tree_k = std::move(new_k);
+    tree_delta = std::move(new_delta);
+    tree_g = std::move(new_g);
+    tree_x = std::move(new_x);
+    max_nodes = n_nodes;
 }
 
 void State::clear() {
@@ -111,7 +104,7 @@ void State::clear() {
 }
 
 uint64_t State::n_bytes() const {
-    return ggml_backend_buffer_get_size(buffer_);
+    return memory_.n_bytes() + scratch_.n_bytes();
 }
 
 void State::save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,

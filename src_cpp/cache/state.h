@@ -5,8 +5,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "ggml-backend.h"
 #include "model/graph.h"
+#include "tensor_block.h"
 
 namespace pf {
 
@@ -29,7 +29,6 @@ struct StateParams {
     int64_t n_ctx = 0;
     ggml_type type_k = GGML_TYPE_F16;
     ggml_type type_v = GGML_TYPE_F16;
-    int max_nodes = 1;         // of a tree that is committed later; sizes the scratch
     int n_taps = 0;            // 0: no drafter, no ring
     int64_t n_ring = 0;
     ggml_type type_ring = GGML_TYPE_BF16;
@@ -49,7 +48,6 @@ struct CommitInputs {
 class State {
   public:
     State(const StateShape & shape, const StateParams & params, ggml_backend_t backend);
-    ~State();
     State(const State &) = delete;
     State & operator=(const State &) = delete;
 
@@ -62,13 +60,20 @@ class State {
     std::vector<ggml_tensor *> k, v;    // [head_dim * n_head_kv, n_rows] an attention layer
     std::vector<ggml_tensor *> s;       // [d_key, d_value, n_value_heads] f32, a recurrent layer
     std::vector<ggml_tensor *> conv;    // [channels, K-1] f32, row 0 oldest
-    std::vector<ggml_tensor *> tree_k;  // [d_key * n_key_heads, max_nodes] f32
-    std::vector<ggml_tensor *> tree_delta; // [d_value * n_value_heads, max_nodes] f32
-    std::vector<ggml_tensor *> tree_g;  // [n_value_heads, max_nodes] f32
-    std::vector<ggml_tensor *> tree_x;  // [channels, max_nodes] f32
     ggml_tensor * ring = nullptr;       // [n_taps * n_embd, n_ring] slot p % n_ring
     ggml_tensor * hadamard_k = nullptr; // [n, n] orthonormal
     ggml_tensor * hadamard_v = nullptr;
+
+    // What a verified tree leaves behind until its path is committed, a recurrent layer each; all f32.
+    int max_nodes = 0;
+    std::vector<ggml_tensor *> tree_k;     // [d_key * n_key_heads, max_nodes]
+    std::vector<ggml_tensor *> tree_delta; // [d_value * n_value_heads, max_nodes]
+    std::vector<ggml_tensor *> tree_g;     // [n_value_heads, max_nodes]
+    std::vector<ggml_tensor *> tree_x;     // [channels, max_nodes]
+
+    // Makes room for trees of n nodes; what the scratch held is lost, the rest of the state is not.
+    // Graphs that refer to the scratch must be dropped first. Throws PF_ERR_MEMORY and keeps the old scratch.
+    void reserve_tree(int n_nodes);
 
     // Recurrent state back to the beginning; KV rows need no clearing, since no mask opens them.
     void clear();
@@ -83,8 +88,9 @@ class State {
     void commit_tree(const GraphBuilder & b, int n_nodes, const CommitInputs & in) const;
 
   private:
-    ggml_context * ctx_ = nullptr;
-    ggml_backend_buffer_t buffer_ = nullptr;
+    ggml_backend_t backend_;
+    TensorBlock memory_;
+    TensorBlock scratch_;
 };
 
 // x [n, ...] with every run of `hadamard`'s size rotated; the rotation is its own inverse.

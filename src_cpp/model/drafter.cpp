@@ -9,29 +9,12 @@
 namespace pf {
 
 DraftCache::DraftCache(int n_layer, int64_t n_kv_row, int32_t block, int64_t ring, ggml_type type, ggml_backend_t backend)
-    : block_size(block), n_ring(ring), n_slots((block + ring + 1 + 255) / 256 * 256) {
-    ctx_ = ggml_init({ggml_tensor_overhead() * (size_t) (2 * n_layer + 1), nullptr, true});
-    if (ctx_) {
-        for (int i = 0; i < n_layer; ++i) {
-            k.push_back(ggml_new_tensor_2d(ctx_, type, n_kv_row, n_slots));
-            v.push_back(ggml_new_tensor_2d(ctx_, type, n_kv_row, n_slots));
-        }
-        buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
+    : block_size(block), n_ring(ring), n_slots((block + ring + 1 + 255) / 256 * 256), block_((size_t) n_layer * 2) {
+    for (int i = 0; i < n_layer; ++i) {
+        k.push_back(block_.add(type, n_kv_row, n_slots));
+        v.push_back(block_.add(type, n_kv_row, n_slots));
     }
-    if (!buffer_) {
-        ggml_free(ctx_);
-        throw Error(PF_ERR_MEMORY, "no memory for the drafter's context cache; ask for a smaller n_ring");
-    }
-    ggml_backend_buffer_clear(buffer_, 0); // masked slots must hold numbers
-}
-
-DraftCache::~DraftCache() {
-    ggml_backend_buffer_free(buffer_);
-    ggml_free(ctx_);
-}
-
-uint64_t DraftCache::n_bytes() const {
-    return ggml_backend_buffer_get_size(buffer_);
+    block_.allocate(backend, "the drafter's context cache");
 }
 
 std::shared_ptr<const Drafter> Drafter::open(const std::string & path, std::shared_ptr<const Target> target) {

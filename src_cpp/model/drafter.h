@@ -18,7 +18,6 @@ namespace pf {
 class DraftCache {
   public:
     DraftCache(int n_layer, int64_t n_kv_row, int32_t block_size, int64_t n_ring, ggml_type type, ggml_backend_t backend);
-    ~DraftCache();
     DraftCache(const DraftCache &) = delete;
     DraftCache & operator=(const DraftCache &) = delete;
 
@@ -29,11 +28,10 @@ class DraftCache {
 
     int64_t slot(int64_t pos) const { return block_size + pos % n_ring; }
     int64_t pad_slot() const { return block_size + n_ring; }
-    uint64_t n_bytes() const;
+    uint64_t n_bytes() const { return block_.n_bytes(); }
 
   private:
-    ggml_context * ctx_ = nullptr;
-    ggml_backend_buffer_t buffer_ = nullptr;
+    TensorBlock block_;
 };
 
 struct AppendInputs {

@@ -1,0 +1,45 @@
+#include "tensor_block.h"
+
+#include <string>
+
+#include "error.h"
+
+namespace pf {
+
+TensorBlock::TensorBlock(size_t n_tensors) : ctx_(ggml_init({ggml_tensor_overhead() * (n_tensors + 1), nullptr, true})) {
+    if (!ctx_) {
+        throw Error(PF_ERR_MEMORY, "no memory for a table of tensors");
+    }
+}
+
+TensorBlock::~TensorBlock() {
+    ggml_backend_buffer_free(buffer_);
+    ggml_free(ctx_);
+}
+
+TensorBlock & TensorBlock::operator=(TensorBlock && other) noexcept {
+    std::swap(ctx_, other.ctx_);
+    std::swap(buffer_, other.buffer_);
+    return *this;
+}
+
+ggml_tensor * TensorBlock::add(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2) {
+    return ggml_new_tensor_3d(ctx_, type, ne0, ne1, ne2);
+}
+
+void TensorBlock::allocate(ggml_backend_t backend, const char * what) {
+    buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
+    if (!buffer_) {
+        uint64_t need = 0;
+        for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
+            need += ggml_nbytes(t);
+        }
+        throw Error(PF_ERR_MEMORY, std::string(what) + " need " + std::to_string(need >> 20) +
+                                       " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "
+                                       "or a smaller kv_type");
+    }
+    // Masked rows are multiplied by a weight of zero: they must hold numbers.
+    ggml_backend_buffer_clear(buffer_, 0);
+}
+
+} // namespace pf
