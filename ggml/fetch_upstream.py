@@ -106,6 +106,8 @@ def read_archive(archive: Path) -> Tree:
     tree: Tree = {}
     with tarfile.open(archive, "r:gz") as tar:
         for member in tar:
+            if member.name.startswith("/") or ".." in PurePosixPath(member.name).parts:
+                raise OverlayError(f"{archive} holds an entry that would leave the build folder: {member.name}")
             _, _, inside = member.name.partition("/")
             if not inside.startswith(ARCHIVE_ROOT) or member.isdir():
                 continue
@@ -113,9 +115,6 @@ def read_archive(archive: Path) -> Tree:
             path = path[len("ggml/") :] if path.startswith("ggml/") else path if path == "LICENSE" else ""
             if not WANTED.fullmatch(path):
                 continue
-            parts = PurePosixPath(path).parts
-            if ".." in parts or path.startswith("/"):
-                raise OverlayError(f"{archive} holds an entry that would leave the build folder: {member.name}")
             content = tar.extractfile(member) if member.isreg() else None
             if content is None:
                 raise OverlayError(f"{archive} holds an entry that is not a plain file: {member.name}")
@@ -144,9 +143,14 @@ def check_version(tree: Tree, origin: str) -> None:
 # -- patches ------------------------------------------------------------------------------------------------------
 
 
+def lines_of(text: str) -> list[str]:
+    """Lines with their ends. Unlike str.splitlines, only a newline ends one: C sources may hold form feeds."""
+    return re.findall(r".*\n|.+", text)
+
+
 def parse_patch(text: str, name: str) -> Iterator[tuple[str, int, int, list[str], list[str]]]:
     """Each hunk of a unified diff as (target, line in the patch, first old line, old lines, new lines)."""
-    lines = text.splitlines(keepends=True)
+    lines = lines_of(text)
     target = ""
     at = 0
     while at < len(lines):
@@ -185,7 +189,7 @@ def apply_patch(tree: Tree, text: str, name: str) -> None:
     for target, line, first, old, new in parse_patch(text, name):
         if target not in tree:
             raise OverlayError(f"{name}:{line} changes {target}, which upstream does not have.")
-        lines = tree[target].decode().splitlines(keepends=True)
+        lines = lines_of(tree[target].decode())
         stated = first - 1 + moved.get(target, 0)
         places = [stated] if lines[stated : stated + len(old)] == old else []
         places = places or [i for i in range(len(lines) - len(old) + 1) if lines[i : i + len(old)] == old]
