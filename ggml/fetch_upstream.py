@@ -166,7 +166,9 @@ def parse_patch(text: str, name: str) -> Iterator[tuple[str, int, int, list[str]
         if not header or not target:
             raise OverlayError(f"{name}:{at} is not a unified diff hunk: {line.strip()}")
         n_old, n_new = (int(count or 1) for count in header.group(2, 3))
-        first_line, old, new = at, [], []
+        first_line = at
+        old: list[str] = []
+        new: list[str] = []
         while len(old) < n_old or len(new) < n_new:
             body = lines[at] if at < len(lines) else ""
             at += 1
