@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass
 class State:
-    """`length` tokens in; k, v [N, Hkv, capacity, D] per attention layer; s [N, Hv, dk, dv], tail [N, K-1, C] per GDN."""
+    """`length` tokens in; attention: k, v [N, Hkv, capacity, D] a layer; GDN: s [N, Hv, dk, dv], tail [N, K-1, C]."""
 
     length: int
     k: list[Tensor]

@@ -146,11 +146,6 @@ def accepted(top_ids: list[list[int]], logp: list[list[float]], truth: list[int]
     return n
 
 
-def loops(ids: list[int], tail: int = 24, longest: int = 12) -> bool:
-    """Whether the last `tail` tokens repeat with a period of at most `longest`."""
-    return any(all(ids[-i] == ids[-i - p] for i in range(1, tail + 1)) for p in range(1, longest + 1))
-
-
 def walk(top_ids, logp, greedy: list[int], tokens: int, budget: int) -> tuple[int, int]:
     """Decode `tokens` tokens of a known continuation: (tokens committed, target passes).
 

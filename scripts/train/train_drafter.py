@@ -2,11 +2,12 @@
 
     python scripts/train/train_drafter.py --minutes 40
 
-Target frozen; random anchors in the target's own tokens; a block [anchor, MASK ...] sees the features of everything
-strictly before the anchor and itself both ways; cross-entropy of slot k against the token at anchor + k with weight
-exp(-(k - 1) / 7). Muon for matrices, AdamW for the rest, the rate following the elapsed share of --minutes. Every
---valid-every minutes the acceptance on held-out prefixes (chain and trees, looping continuations apart) goes into
-draft-curve.csv; draft.pt holds the state (run the same command again to go on) and WORK/draft the exported model.
+Target frozen; random anchors in the target's own tokens, or right before them; a block [anchor, MASK ...] sees the
+features of everything strictly before the anchor and itself both ways; cross-entropy of slot k against the token at
+anchor + k with weight exp(-(k - 1) / 7), as the chance that a slot is kept: the head over the vocabulary is half of the
+work. Muon for matrices, AdamW for the rest, the rate following the elapsed share of --minutes. Every --valid-every
+minutes the acceptance on held-out prefixes (chain and trees, looping continuations apart) goes into draft-curve.csv;
+draft.pt holds the state (run the same command again to go on) and WORK/draft the exported model.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
 from common import announce, log, parser
 from decode import empty_state, pick, step
-from drafter import DraftConfig, Drafter, loops, walk
+from drafter import DraftConfig, Drafter, walk
 from export_draft import export_draft
 from generate import default_taps, load_target
+from heldout import loops, prefixes
+from model import Target
 from optim import Optimizer
 from train_target import factor
 
@@ -59,7 +62,7 @@ def batch_of(shards: list[dict], rng: np.random.Generator, rows: int, crop: int,
     ids = torch.stack([r[0] for r in picked])
     feats = torch.stack([r[1] for r in picked])
     first = torch.tensor([r[2] for r in picked])
-    place = torch.stack([torch.from_numpy(rng.choice(np.arange(r[3], crop - 2), anchors)) for r in picked])
+    place = torch.stack([torch.from_numpy(rng.choice(np.arange(r[3] - 1, crop - 2), anchors)) for r in picked])
     want = place.unsqueeze(-1) + torch.arange(1, block)  # [B, A, block - 1]
     labels = torch.gather(ids, 1, want.clamp(max=crop - 1).flatten(1)).view_as(want)
     labels = labels.masked_fill(want >= crop, -1)
@@ -67,16 +70,10 @@ def batch_of(shards: list[dict], rng: np.random.Generator, rows: int, crop: int,
 
 
 @torch.no_grad()
-def held_out(target, valid: np.ndarray, count: int, tokens: int, block: int, taps: list[int]):
-    """Greedy continuations of `count` held-out prefixes of 16 .. 255 tokens.
-
-    Returns a list of (ids, features, prefix length); each continuation is tokens + block long.
-    """
-    rng = np.random.default_rng(7)
-    lengths = rng.integers(16, 256, size=count)
-    starts = np.linspace(0, len(valid) - 300, count).astype(int)
-    prompts = [valid[s : s + n].tolist() for s, n in zip(starts, lengths, strict=True)]
-    total = max(lengths) + tokens + block
+def held_out(target: Target, valid: np.ndarray, count: int, tokens: int, block: int, taps: list[int]):
+    """Greedy continuations of held-out prefixes: a list of (ids, features, prefix length), tokens + block past it."""
+    prompts = prefixes(valid, count)
+    total = max(map(len, prompts)) + tokens + block
     forced = torch.full((count, total), -1)
     for i, p in enumerate(prompts):
         forced[i, : len(p)] = torch.tensor(p)
@@ -88,7 +85,8 @@ def held_out(target, valid: np.ndarray, count: int, tokens: int, block: int, tap
         if t + 1 < total:
             token = torch.where(forced[:, t + 1] >= 0, forced[:, t + 1], pick(z, 0.0))
     ids, feats = torch.stack(rows, 1), torch.stack(feats, 1)
-    return [(ids[i, : n + tokens + block], feats[i, : n + tokens + block], int(n)) for i, n in enumerate(lengths)]
+    ends = [len(p) + tokens + block for p in prompts]
+    return [(ids[i, :e], feats[i, :e], len(p)) for i, (p, e) in enumerate(zip(prompts, ends, strict=True))]
 
 
 @torch.no_grad()
@@ -97,6 +95,7 @@ def acceptance(model: Drafter, cases, tokens: int) -> dict[str, list[float]]:
     totals = {"plain": np.zeros((len(BUDGETS), 2)), "loop": np.zeros((len(BUDGETS), 2))}
     counts = {"plain": 0, "loop": 0}
     for ids, feats, n in cases:
+        n -= 1  # the first pending token is the prompt's last
         place = torch.arange(n, n + tokens).unsqueeze(0)
         with torch.autocast("cpu", torch.bfloat16):
             x = model(feats[: n + tokens].unsqueeze(0), ids[n : n + tokens].unsqueeze(0), place, torch.tensor([0]))
@@ -104,7 +103,7 @@ def acceptance(model: Drafter, cases, tokens: int) -> dict[str, list[float]]:
         top = z.log_softmax(-1).topk(8)
         top_ids, logp = top.indices.tolist(), top.values.tolist()
         greedy = ids[n:].tolist()
-        kind = "loop" if loops(greedy[:tokens]) else "plain"
+        kind = "loop" if loops(greedy[1 : tokens + 1]) else "plain"
         counts[kind] += 1
         for i, budget in enumerate(BUDGETS):
             totals[kind][i] += walk(top_ids, logp, greedy, tokens, budget)
@@ -161,10 +160,10 @@ def run(rank: int, a, rendezvous: str) -> None:
             crop = 256 if rng.random() < 0.85 else 768
             rows = a.rows if crop == 256 else max(1, a.rows // 2)
             feats, pending, place, first, labels = batch_of(shards, rng, rows, crop, a.anchors, c.block)
+            keep = (labels >= 0) & (torch.rand(labels.shape) < weight)
             with torch.autocast("cpu", torch.bfloat16):
-                z = model.logits(model(feats, pending, place, first)).float()
-            ce = F.cross_entropy(z.flatten(0, 2), labels.flatten(), ignore_index=-1, reduction="none").view_as(labels)
-            loss = (ce * weight).sum() / ((labels >= 0) * weight).sum()
+                z = model.logits(model(feats, pending, place, first)[keep]).float()
+            loss = F.cross_entropy(z, labels[keep])
             loss.backward()
             opt.step(factor(step_no, progress))
             losses.append(loss.item())
