@@ -345,6 +345,7 @@ class Session:
         self._cancelled = False
         try:
             check(lib.pf_session_reset(session))
+            check(lib.pf_session_configure(session, request.params))  # before append: the budget sizes what prefill keeps
             tally = Tally(len(request.ids))
             text = TextStream(self.tokenizer, request.stops)
             started = time.perf_counter()
@@ -352,7 +353,6 @@ class Session:
                 if not self._cancelled:
                     check(lib.pf_session_append(session, piece, len(piece)))
             tally.prefilled(time.perf_counter() - started)
-            check(lib.pf_session_configure(session, request.params))
 
             step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
             commit_ms = ffi.new("double *")
