@@ -18,7 +18,7 @@ namespace {
 // A decay below this is taken as 0: it cannot show in an f32 sum, and denormals are slow to multiply.
 constexpr float   kNoDecayLeft = 1e-30f;
 constexpr int64_t kColumns     = 16; // value columns are shared out in blocks of this many
-constexpr int     kDotNodes    = 6;  // up to this many nodes, dot products beat the packed product
+constexpr int     kLongRowNodes = 16; // up to this many nodes, walking the state in long rows is the faster update
 
 int64_t pad(int64_t n, int64_t to) {
     return (n + to - 1) / to * to;
@@ -127,7 +127,11 @@ void conv_tree(const ggml_compute_params * params, ggml_tensor * dst) {
 // S[c] += over the nodes: S [n_columns, d] = scale S + x^T k, x [n, ldx] (already weighted), k [n, d]
 void advance_state(float * s, int64_t d, int n_columns, int n, float scale, const float * x, int64_t ldx,
                    const float * k) {
-    tree_gemm(n_columns, (int) d, n, { x, 1, ldx }, k, d, tree_panel, scale, s, d);
+    if (n <= kLongRowNodes) {
+        tree_gemm_by_rows(n_columns, (int) d, n, { x, 1, ldx }, k, d, scale, s, d);
+    } else {
+        tree_gemm(n_columns, (int) d, n, { x, 1, ldx }, k, d, tree_panel, scale, s, d);
+    }
 }
 
 struct DeltaNetWork {
@@ -218,6 +222,9 @@ class DeltaNetTree {
     float * delta_; // [dv, hv, n]
     DeltaNetWork w_;
 
+    // So few that single dot products beat the packed product. They cost a sum over lanes each, so shorter rows pay less.
+    bool few_nodes(int n) const { return n <= 2 + d_ / 64; }
+
     // what a key head's value heads have in common: packed q and k, their products, parents within the run
     void prepare(Run run, int64_t key_head) {
         const int n = run.n;
@@ -228,13 +235,8 @@ class DeltaNetTree {
             const int64_t p = parent_[run.first + i] - run.first;
             w_.parent[i] = p >= 0 && p < i ? (int32_t) p : -1;
         }
-        if (n <= kDotNodes) {
-            for (int i = 0; i < n; ++i) {
-                for (int j = 0; j <= i; ++j) {
-                    w_.gram[i * w_.ld + j]       = tree_dot((int) d_, w_.rows + j * d_, w_.rows + i * d_);
-                    w_.gram[(n + i) * w_.ld + j] = tree_dot((int) d_, w_.rows + j * d_, w_.rows + (n + i) * d_);
-                }
-            }
+        if (few_nodes(n)) {
+            tree_dots(n, 2 * n, (int) d_, w_.rows, w_.rows, w_.gram, w_.ld);
             return;
         }
         const int n_cols = (int) pad(2 * n, tree_vec_len);
@@ -290,16 +292,13 @@ class DeltaNetTree {
 
     // S^T k and S^T q of every node, for m columns of the state s [m, d]
     void read_state(int n, const float * s, int m) {
-        if (n <= kDotNodes) {
-            for (int c = 0; c < m; ++c) {
-                for (int i = 0; i < 2 * n; ++i) {
-                    w_.reads[i * dv_ + c] = tree_dot((int) d_, s + c * d_, w_.rows + i * d_);
-                }
-            }
+        if (few_nodes(n)) {
+            tree_dots(m, 2 * n, (int) d_, s, w_.rows, w_.reads, dv_);
             return;
         }
         const int n_cols = (int) pad(2 * n, tree_vec_len);
-        tree_gemm(m, n_cols, (int) d_, { s, d_, 1 }, w_.panels, tree_panel, tree_panel * d_, 0.0f, w_.reads_t, n_cols);
+        tree_gemm(m, n_cols, (int) d_, { s, d_, 1 }, w_.panels, tree_panel, tree_panel * d_, 0.0f, w_.reads_t, n_cols,
+                  true);
         tree_transpose(m, 2 * n, w_.reads_t, n_cols, w_.reads, dv_);
     }
 
