@@ -137,8 +137,11 @@ def torch_draft(draft: TinyDraft) -> Any:
     return net.eval()
 
 
-def run_draft(net: Any, target: Any, ids: Ids) -> F32:
-    """Logits [block_size - 1, n_vocab] for the block that starts with the pending token ids[-1]."""
+def run_draft(net: Any, target: Any, ids: Ids, *, bf16_features: bool = False) -> F32:
+    """Logits [block_size - 1, n_vocab] for the block that starts with the pending token ids[-1].
+
+    bf16_features: round the target's hidden states to bfloat16 first, as a runtime that stores them so does.
+    """
     import torch
     from dflash.model import _draft_value, _output_head, _raw_input_embeddings, extract_context_feature
 
@@ -146,6 +149,8 @@ def run_draft(net: Any, target: Any, ids: Ids) -> F32:
     with torch.inference_mode():
         out = target(torch.tensor([ids.tolist()]), output_hidden_states=True, use_cache=False)
         features = extract_context_feature(out.hidden_states, net.target_layer_ids)[:, :n]
+        if bf16_features:
+            features = features.bfloat16().float()
         block = torch.full((1, net.block_size), net.mask_token_id)
         block[0, 0] = int(ids[-1])
         scale = float(_draft_value(net.config, "input_embedding_scale", 1.0))
@@ -174,7 +179,11 @@ def make_draft() -> None:
             )
             if not (logits.std() > 0.5 and context > 0.05):
                 raise SystemExit(f"draft {name}: a degenerate model proves nothing; change its weights' scale")
-            arrays |= {f"{name}.{n}.ids": ids, f"{name}.{n}.logits": logits}
+            arrays |= {
+                f"{name}.{n}.ids": ids,
+                f"{name}.{n}.logits": logits,
+                f"{name}.{n}.logits_bf16_features": run_draft(net, target, ids, bf16_features=True),
+            }
     about = origin("DFlashDraftModel, float32, eager torch on the CPU, one thread", "torch", "transformers", "dflash")
     save(cases.DRAFT_FILE, arrays, about)
 
@@ -255,9 +264,10 @@ def n_vocab_of(path: Path) -> int:
 
 
 def make_llamacpp(model: Path, draft: Path | None) -> None:
-    if not model.is_file():
-        raise SystemExit(f"{model} is not there: name the target with --model")
-    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
+    quantised = model.with_name(model.name.replace("f16", "q4_k_m"))
+    for path in (model, quantised):
+        if not path.is_file():
+            raise SystemExit(f"{path} is not there: name the F16 target with --model, its Q4_K_M mix lies beside it")
     n_vocab = n_vocab_of(model)
     with tempfile.TemporaryDirectory() as folder:
         f32 = to_f32(model, Path(folder) / "target-f32.gguf")
@@ -267,10 +277,14 @@ def make_llamacpp(model: Path, draft: Path | None) -> None:
             ids = llama.tokenize(text)
             answer = llama.greedy(ids, N_PREDICT)
             prompts.append({"text": text, "ids": ids, "greedy": answer["tokens"], "stop": answer["stop_type"]})
-        rows = np.stack([llama.logprobs(p["ids"], n_vocab) for p in prompts[:N_LOGPROB_PROMPTS]])
+        asked = [p["ids"] for p in prompts[:N_LOGPROB_PROMPTS]]
+        rows = {"logprobs.f32": np.stack([llama.logprobs(ids, n_vocab) for ids in asked])}
+        for kind, path in (("f16", model), ("q4_k_m", quantised)):
+            as_shipped = LlamaCpp(path)
+            rows[f"logprobs.{kind}"] = np.stack([as_shipped.logprobs(ids, n_vocab) for ids in asked])
         say(
             f"llamacpp: {len(prompts)} prompts, {sum(len(p['greedy']) for p in prompts)} tokens, "
-            f"{sum(p['stop'] == 'eos' for p in prompts)} ended by the end token; model sha256 {sha256[:16]}…"
+            f"{sum(p['stop'] == 'eos' for p in prompts)} ended by the end token"
         )
         if draft is not None:
             check_llamacpp_draft(f32, draft, prompts, Path(folder))
@@ -279,12 +293,13 @@ def make_llamacpp(model: Path, draft: Path | None) -> None:
         "xllamacpp",
         request=SETTINGS | {"n_predict": N_PREDICT},
     )
-    document = {"origin": about, "model": model.name, "sha256": sha256, "prompts": prompts}
+    sha256 = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in (model, quantised)}
+    document = {"origin": about, "sha256": sha256, "prompts": prompts}
     lines = json.dumps(document, indent=1, ensure_ascii=False)
     lines = _one_line_lists(lines)
     cases.LLAMACPP_FILE.write_text(lines + "\n")
     say(f"wrote {cases.LLAMACPP_FILE.relative_to(ROOT)}, {cases.LLAMACPP_FILE.stat().st_size:,} bytes")
-    save(cases.LLAMACPP_LOGPROBS_FILE, {"logprobs": rows, "sha256": np.array(sha256)}, about)
+    save(cases.LLAMACPP_LOGPROBS_FILE, rows | {"sha256": np.array(json.dumps(sha256))}, about)
 
 
 def _one_line_lists(text: str) -> str:

@@ -24,31 +24,44 @@ from pydflash.convert import convert
 from tests.oracles import cases
 from tests.tiny_models import F32
 
-TOLERANCE = 1e-4  # of the largest expected value
+# Of the largest expected value. The runtime keeps the target's features as bfloat16: against a reference whose features
+# are rounded too, only values on the edge between two roundings differ; against the plain reference, all do a little.
+TOLERANCE = 1e-3
+TOLERANCE_OF_BF16 = 1e-2
 
 
-def expected_logits(name: str, n: int) -> tuple[npt.NDArray[np.int32], F32]:
-    case = cases.DRAFT_CASES[name]
-    with np.load(cases.DRAFT_FILE) as file:
-        ids, logits = file[f"{name}.{n}.ids"], file[f"{name}.{n}.logits"]
-        weights = str(file[f"{name}.weights"])
-    current = cases.fingerprint(case.target.hf_weights(), case.draft.hf_weights())
-    assert weights == current, f"{name}: the models changed, {cases.REMAKE}"
-    return ids, logits
+class Expected:
+    """The vectors of one prompt, after a check that they were made for the models the test is about to write."""
+
+    def __init__(self, name: str, n: int) -> None:
+        case = cases.DRAFT_CASES[name]
+        with np.load(cases.DRAFT_FILE) as file:
+            self.ids: npt.NDArray[np.int32] = file[f"{name}.{n}.ids"]
+            self.logits: F32 = file[f"{name}.{n}.logits"]  # [block - 1, n_vocab]
+            self.logits_bf16_features: F32 = file[f"{name}.{n}.logits_bf16_features"]
+            weights = str(file[f"{name}.weights"])
+        current = cases.fingerprint(case.target.hf_weights(), case.draft.hf_weights())
+        assert weights == current, f"{name}: the models changed, {cases.REMAKE}"
+
+
+def worst(found: F32, expected: F32) -> float:
+    """Largest difference in units of the largest expected value."""
+    return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def check(session: pydflash.Session, name: str) -> None:
     case = cases.DRAFT_CASES[name]
     for n in case.n_tokens:
-        ids, expected = expected_logits(name, n)
-        found = session.draft_logits(ids)
+        expected = Expected(name, n)
+        found = session.draft_logits(expected.ids)
         assert found.shape == (case.draft.block_size - 1, case.target.n_vocab)
         assert found.dtype == np.float32
-        assert np.abs(found - expected).max() < TOLERANCE * np.abs(expected).max(), f"{name}, {n} tokens"
+        assert worst(found, expected.logits_bf16_features) < TOLERANCE, f"{name}, {n} tokens"
+        assert worst(found, expected.logits) < TOLERANCE_OF_BF16, f"{name}, {n} tokens"
 
 
 def open_pair(target: Path, draft: Path) -> pydflash.Session:
-    return pydflash.Session(target, draft, kv_type="f32", n_ctx=1024)
+    return pydflash.Session(target, draft, kv_type="f32", n_threads=1)
 
 
 @pytest.mark.parametrize("name", cases.DRAFT_CASES)
@@ -71,9 +84,8 @@ def test_a_converted_folder_drafts_the_same(name: str, tmp_path: Path) -> None:
 def test_bf16_folder_stays_close(tmp_path: Path) -> None:
     """z-lab's drafters are BF16: the error is that of rounding the weights."""
     case = cases.DRAFT_CASES["full"]
-    ids, expected = expected_logits("full", 100)
+    expected = Expected("full", 100)
     convert(case.draft.write_folder(tmp_path / "draft", dtype="BF16"), tmp_path / "draft.gguf")
     with open_pair(case.target.write(tmp_path / "target.gguf"), tmp_path / "draft.gguf") as session:
-        found = session.draft_logits(ids)
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
-    assert 0 < error < 5e-2
+        found = session.draft_logits(expected.ids)
+    assert TOLERANCE < worst(found, expected.logits_bf16_features) < 5e-2
