@@ -1,5 +1,6 @@
 #include "gguf/file.h"
 
+#include <cfloat>
 #include <cmath>
 #include <cstring>
 
@@ -181,8 +182,8 @@ int64_t GgufFile::get_int(std::string_view key, int64_t lo, int64_t hi, int64_t 
 double GgufFile::get_float(std::string_view key) const {
     const GgufValue & value = impl_->need(key);
     const double number = impl_->real(value);
-    if (!std::isfinite(number)) {
-        impl_->fail(value, "is not a finite number");
+    if (!(std::fabs(number) <= FLT_MAX)) { // a NaN compares false
+        impl_->fail(value, "is not a finite number that fits an f32");
     }
     return number;
 }

@@ -32,8 +32,8 @@ class GgufFile {
     bool has(std::string_view key) const;
     bool is_array(std::string_view key) const; // false when absent
     // The value of a key; a missing key or one of another type is a PF_ERR_FORMAT that names both. Integers come from
-    // any integer type, range-checked to [lo, hi]; floats from f32 or f64 and must be finite; the forms with a default
-    // return it when the key is absent.
+    // any integer type, range-checked to [lo, hi]; floats from f32 or f64, finite as a float too; the forms with a
+    // default return it when the key is absent.
     int64_t get_int(std::string_view key, int64_t lo, int64_t hi) const;
     int64_t get_int(std::string_view key, int64_t lo, int64_t hi, int64_t absent) const;
     double get_float(std::string_view key) const;
