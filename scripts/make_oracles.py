@@ -311,7 +311,10 @@ def _one_line_lists(text: str) -> str:
 def check_llamacpp_draft(target: Path, draft: Path, prompts: list[dict[str, Any]], folder: Path) -> None:
     """llama.cpp must open the drafter as pydflash writes it, and draft with it the text it says without."""
     if draft.is_dir():
-        from pydflash.convert import convert
+        try:
+            from pydflash.convert import convert
+        except ImportError as error:
+            raise SystemExit(f"{draft} is a folder, and pydflash converts it: pip install . first ({error})") from None
 
         convert(draft, folder / "draft.gguf", target=target)
         draft = folder / "draft.gguf"

@@ -41,7 +41,7 @@ def said() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[pydflash.Session]:
     path = to_f32(target_path(), tmp_path_factory.mktemp("llamacpp") / "target-f32.gguf")
-    with pydflash.Session(path, kv_type="f32", n_ctx=1024, n_threads=1) as opened:
+    with pydflash.Session(path, kv_type="f32", n_threads=1) as opened:
         yield opened
 
 
@@ -90,6 +90,6 @@ def test_log_probabilities_are_those_of_llamacpp(said: dict[str, Any], session: 
 def test_log_probabilities_of_the_files_as_shipped(said: dict[str, Any], kind: str) -> None:
     """Half-precision and mixed K-quant weights: both sides round the activations, each at its own values."""
     path = target_path().with_name(f"tiny-target-{kind}.gguf")
-    with pydflash.Session(path, kv_type="f32", n_ctx=1024, n_threads=1) as opened:
+    with pydflash.Session(path, kv_type="f32", n_threads=1) as opened:
         found, expected = log_probabilities(said, opened, kind)
     assert np.sqrt(np.mean((found - expected) ** 2)) < 0.02 * expected.std()

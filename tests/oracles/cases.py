@@ -151,7 +151,7 @@ def token_ids(n_vocab: int, n: int, seed: int = 0) -> npt.NDArray[np.int32]:
 def checked_positions(n: int) -> list[int]:
     """Positions whose vectors are kept: the start, both sides of every run of 32 and 64, the end."""
     edges = [p + d for p in range(32, n, 32) for d in (-2, -1, 0, 1)]
-    return sorted({p for p in [*range(5), *edges, *range(n - 4, n)] if 0 <= p < n})
+    return sorted({p for p in [*range(10), *edges, *range(n - 4, n)] if 0 <= p < n})
 
 
 def fingerprint(*weights: Mapping[str, F32]) -> str:
