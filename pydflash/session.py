@@ -345,7 +345,9 @@ class Session:
         self._cancelled = False
         try:
             check(lib.pf_session_reset(session))
-            check(lib.pf_session_configure(session, request.params))  # before append: the budget sizes what prefill keeps
+            check(
+                lib.pf_session_configure(session, request.params)
+            )  # before append: the budget sizes what prefill keeps
             tally = Tally(len(request.ids))
             text = TextStream(self.tokenizer, request.stops)
             started = time.perf_counter()
