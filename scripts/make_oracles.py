@@ -229,10 +229,11 @@ class LlamaCpp:
         """log-softmax [n_vocab] after ids."""
         body = {"prompt": list(ids), "n_predict": 1, "n_probs": n_vocab, **SETTINGS, "samplers": []}
         row = np.full(n_vocab, np.nan, np.float32)
-        for entry in self.post("/completion", body)["completion_probabilities"][0]["top_logprobs"]:
+        said = self.post("/completion", body).get("completion_probabilities")  # nothing when the end token comes first
+        for entry in said[0]["top_logprobs"] if said else ():
             row[entry["id"]] = entry["logprob"]
         if np.isnan(row).any():
-            raise SystemExit("llama.cpp did not return the whole vocabulary")
+            raise SystemExit(f"llama.cpp did not return the whole vocabulary after {list(ids)[-8:]}: change the prompt")
         return row
 
 

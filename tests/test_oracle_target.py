@@ -136,3 +136,16 @@ def test_listed_layers_win_over_the_interval(tmp_path: Path) -> None:
     with open_session(model.write(tmp_path / "target.gguf")) as session:
         found = session.logits(expected.ids)
     assert worst(found[expected.positions], expected.logits) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kv_type", "bound"), [("f16", 0.001), ("q8_0", 0.02), (("q8_0", "q4_0"), 0.1), ("q4_0", 0.15)], ids=str
+)
+def test_smaller_caches_lose_what_llamacpp_loses(kv_type: str | tuple[str, str], bound: float, tmp_path: Path) -> None:
+    """Rounded K and V move the logits; llama.cpp on the same file: f16 0.0008, q8_0 0.0055, q4_0 0.09 of the spread."""
+    expected = Expected("deep")
+    with pydflash.Session(
+        cases.TARGET_CASES["deep"].model.write(tmp_path / "target.gguf"), kv_type=kv_type, n_threads=1
+    ) as session:
+        found = session.logits(expected.ids)[expected.positions]
+    assert 0 < rms(found - expected.logits) < bound * rms(expected.logits)
