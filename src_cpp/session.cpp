@@ -95,6 +95,7 @@ StateParams state_params(const Drafter * drafter, const pf_session_params & p, i
     if (drafter) {
         s.n_taps = (int) drafter->taps.size();
         s.n_ring = p.n_ring;
+        s.type_ring = s.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
     }
     return s;
 }
@@ -138,7 +139,7 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
     const size_t n_nodes = (size_t) std::max(n_batch_, PF_MAX_NODES);
     state_ = std::make_unique<State>(target_->state_shape, state_params_, compute_.backend());
     if (drafter_) {
-        // With an exact target cache the drafter's is exact too, else half precision will do.
+        // With an f32 target cache drafting is f32 throughout, ring included, else half precision will do.
         const ggml_type type = state_params_.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
         draft_cache_ = std::make_unique<DraftCache>(drafter_->n_layer, (int64_t) drafter_->n_head_kv * drafter_->head_dim,
                                                     drafter_->block_size, state_params_.n_ring, type, compute_.backend());

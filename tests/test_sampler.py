@@ -2,11 +2,12 @@
 
 import functools
 import math
-import statistics
 
 import numpy as np
 import pytest
 from _pydflash import ffi, lib
+
+from tests.chi_square import chi_square_p
 
 
 def message():
@@ -269,22 +270,6 @@ def test_one_philox_number_for_seed_and_position():
         if 1e-3 < u < 1 - 1e-3:
             for border, token in ((u - 2e-7, 1), (u + 2e-7, 0)):
                 assert sampler([math.log(border / (1 - border)), 0.0])(seed, position) == token
-
-
-def chi_square_p(observed, expected):
-    """Chance of a fit as bad or worse (Wilson and Hilferty's approximation); rare cells go together."""
-    observed, expected = np.asarray(observed, float).ravel(), np.asarray(expected, float).ravel()
-    assert observed[expected == 0].sum() == 0
-    rare = expected < 10
-    observed = np.append(observed[~rare], observed[rare].sum())
-    expected = np.append(expected[~rare], expected[rare].sum())
-    observed, expected = observed[expected > 0], expected[expected > 0]
-    freedom = len(expected) - 1
-    if freedom == 0:
-        return 1.0
-    statistic = ((observed - expected) ** 2 / expected).sum()
-    z = ((statistic / freedom) ** (1 / 3) - 1 + 2 / (9 * freedom)) / math.sqrt(2 / (9 * freedom))
-    return 1 - statistics.NormalDist().cdf(z)
 
 
 LOGITS = np.array([0.3, -1.2, 2.0, 1.9, -np.inf, 0.0, -0.4, 1.1, 0.3, -3.0, 2.0, 0.9], np.float32)

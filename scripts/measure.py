@@ -1,0 +1,139 @@
+#!/usr/bin/env python3
+"""Measure a pair on held-out prompts: tokens per target pass, speed, and where drafting changes the text.
+
+    python scripts/measure.py                      # the shipped pair; about 10 minutes on 2 quiet cores
+    python scripts/measure.py --prompts 20 --json out.json
+
+Greedy, a fixed number of tokens from each prompt of tests/data/heldout_prompts.json, in rounds that interleave the
+ways of decoding, so that a noisy machine is noisy for all of them. Prints Markdown: RESULTS.md holds its output.
+Prompts whose plain continuation ends in a loop are counted apart, since every drafter predicts a loop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pydflash
+
+PROMPTS = Path(__file__).parents[1] / "tests" / "data" / "heldout_prompts.json"
+WAYS: dict[str, dict[str, Any]] = {
+    "plain": {"budget": 0},
+    "chain": {"budget": 63, "chain": True},
+    "tree, 8 nodes": {"budget": 8},
+    "tree, 16 nodes": {"budget": 16},
+    "tree, 32 nodes": {"budget": 32},
+    "tree, 63 nodes": {"budget": 63},
+}
+KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
+
+
+def loops(ids: list[int], tail: int = 24, longest: int = 12) -> bool:
+    """Whether the last `tail` tokens repeat with a period of at most `longest`."""
+    return any(all(ids[-i] == ids[-i - p] for i in range(1, tail + 1)) for p in range(1, longest + 1))
+
+
+def acceptance(session: pydflash.Session, prompts: list[list[int]], n_tokens: int) -> dict[str, Any]:
+    """Tokens per target pass and speed of every way, over all prompts."""
+    runs: dict[str, list[pydflash.Result]] = {way: [] for way in WAYS}
+    for i, prompt in enumerate(prompts):
+        print(f"\rprompt {i + 1} of {len(prompts)} ", end="", file=sys.stderr, flush=True)
+        for way, options in WAYS.items():
+            runs[way].append(session.generate(prompt, max_tokens=n_tokens, ignore_eos=True, **options))
+    print(file=sys.stderr)
+    looping = [loops(result.ids) for result in runs["plain"]]
+    out: dict[str, Any] = {"n_prompts": len(prompts), "n_looping": sum(looping), "ways": {}}
+    for way, results in runs.items():
+        row: dict[str, Any] = {"same_text": sum(a.ids == b.ids for a, b in zip(results, runs["plain"], strict=True))}
+        for name, wanted in (("mean_accepted", False), ("mean_accepted_looping", True)):
+            chosen = [r.stats for r, loop in zip(results, looping, strict=True) if loop == wanted]
+            steps = sum(s.n_steps for s in chosen)
+            row[name] = sum(s.n_generated for s in chosen) / steps if steps else None
+        row["decode_tps"] = statistics.median(r.stats.decode_tps for r in results)
+        steps = sum(r.stats.n_steps for r in results)
+        row["step_ms"] = {name: sum(r.stats.ms[name] for r in results) / steps for name in results[0].stats.ms}
+        out["ways"][way] = row
+    return out
+
+
+def divergence(session: pydflash.Session, prompts: list[list[int]], n_tokens: int) -> dict[str, Any]:
+    """How often a tree of 16 nodes parts from plain decoding, and how far apart the two tokens were for the target."""
+    margins = []
+    for prompt in prompts:
+        plain = session.generate(prompt, budget=0, max_tokens=n_tokens, ignore_eos=True).ids
+        tree = session.generate(prompt, budget=16, max_tokens=n_tokens, ignore_eos=True).ids
+        at = next((i for i, (a, b) in enumerate(zip(plain, tree, strict=True)) if a != b), None)
+        if at is not None:
+            row = session.logits(prompt + plain[:at])[-1]
+            margins.append(float(abs(row[plain[at]] - row[tree[at]])))
+    return {"n_prompts": len(prompts), "n_diverged": len(margins), "margins": sorted(margins)}
+
+
+def main() -> None:
+    about, _, details = (__doc__ or "").partition("\n\n")
+    p = argparse.ArgumentParser(
+        description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    p.add_argument("--target", help="default: the pair that ships with pydflash")
+    p.add_argument("--draft")
+    p.add_argument("--prompts", type=int, default=120, help="how many (default: all 120)")
+    p.add_argument("--n-gen", type=int, default=64, help="tokens from each (default: 64)")
+    p.add_argument("--n-threads", type=int)
+    p.add_argument("--json", type=Path, help="write the figures here too")
+    a = p.parse_args()
+
+    texts = [x["text"] for x in json.loads(PROMPTS.read_text())["prompts"][: a.prompts]]
+    out: dict[str, Any] = {}
+    with pydflash.Session(a.target, a.draft, kv_type="f16", n_ctx=1024, n_threads=a.n_threads) as session:
+        prompts = [session.tokenize(text) for text in texts]
+        out["acceptance"] = acceptance(session, prompts, a.n_gen)
+    out["divergence"] = {}
+    for kv_type in KV_TYPES:
+        with pydflash.Session(a.target, a.draft, kv_type=kv_type, n_ctx=1024, n_threads=a.n_threads) as session:
+            out["divergence"][kv_type] = divergence(session, prompts[:60], a.n_gen)
+    if a.json:
+        a.json.write_text(json.dumps(out, indent=1) + "\n")
+    print(markdown(out, a.n_gen))
+
+
+def markdown(out: dict[str, Any], n_tokens: int) -> str:
+    """The tables of RESULTS.md."""
+    acc = out["acceptance"]
+    plain = acc["ways"]["plain"]["decode_tps"]
+    lines = [
+        f"{acc['n_prompts']} held-out prompts x {n_tokens} tokens, greedy, F16 KV cache; {acc['n_looping']} of the "
+        f"continuations loop and are counted apart. {platform.machine()}, Python {platform.python_version()}.",
+        "",
+        "| | tokens per target pass | looping text | tokens/s | of plain | draft, build, verify, accept, commit ms |",
+        "|-|-|-|-|-|-|",
+    ]
+    for way, row in acc["ways"].items():
+        loop = row["mean_accepted_looping"]
+        looping = "-" if loop is None else f"{loop:.2f}"
+        ms = ", ".join(f"{row['step_ms'][name]:.2f}" for name in ("draft", "build", "verify", "accept", "commit"))
+        tps = row["decode_tps"]
+        lines.append(f"| {way} | {row['mean_accepted']:.2f} | {looping} | {tps:.0f} | {tps / plain:.2f} | {ms} |")
+    lines += [
+        "",
+        f"Where a tree of 16 nodes parts from plain decoding within {n_tokens} tokens, and by how much the target then "
+        "preferred one token to the other (logits):",
+        "",
+        "| KV cache | prompts that part | median margin | largest margin |",
+        "|-|-|-|-|",
+    ]
+    for kv_type, row in out["divergence"].items():
+        margins = row["margins"]
+        shown = f"{np.median(margins):.4f} | {max(margins):.4f}" if margins else "- | -"
+        lines.append(f"| {kv_type} | {row['n_diverged']} of {row['n_prompts']} | {shown} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
