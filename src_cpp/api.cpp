@@ -29,7 +29,8 @@ namespace {
 thread_local char last_error[2048];
 
 // The struct the caller compiled against may be older and shorter than ours: fields it lacks keep their defaults.
-template <class T> T read_params(const T * given, void (*set_default)(T *)) {
+template <class T>
+T read_params(const T * given, void (*set_default)(T *)) {
     T params;
     set_default(&params);
     if (given) {
@@ -41,9 +42,11 @@ template <class T> T read_params(const T * given, void (*set_default)(T *)) {
     return params;
 }
 
-template <class T> void write_result(const T & result, T * out) {
+template <class T>
+void write_result(const T & result, T * out) {
     const uint32_t size = out->size;
-    pf::require(size >= sizeof(uint32_t) && size <= sizeof(T), "the size field of a result struct is wrong; set it to sizeof");
+    pf::require(size >= sizeof(uint32_t) && size <= sizeof(T),
+                "the size field of a result struct is wrong; set it to sizeof");
     std::memcpy(out, &result, size);
     out->size = size;
 }
@@ -137,7 +140,8 @@ void pf_generate_params_default(pf_generate_params * params) {
     params->top_p = 1.0f;
 }
 
-int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_session_params * params, pf_session ** out) {
+int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_session_params * params,
+                    pf_session ** out) {
     return pf::guard([&] {
         pf::require(target && out, "pf_session_open: target and out must not be null");
         const pf_session_params p = read_params(params, pf_session_params_default);

@@ -13,7 +13,8 @@ namespace pf {
 // Keeps `message` as the calling thread's last error and returns `code`. Never throws, even when out of memory.
 int set_last_error(int code, const char * message) noexcept;
 
-template <class Body> int guard(Body && body) noexcept {
+template <class Body>
+int guard(Body && body) noexcept {
     try {
         std::forward<Body>(body)();
         return PF_OK;

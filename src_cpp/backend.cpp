@@ -42,7 +42,8 @@ fs::path own_folder() {
     std::error_code error;
     const fs::path file = fs::canonical(info.dli_fname, error);
     if (error) {
-        throw Error(PF_ERR_INTERNAL, std::string("Cannot find libpydflash at ") + info.dli_fname + ": " + error.message());
+        throw Error(PF_ERR_INTERNAL,
+                    std::string("Cannot find libpydflash at ") + info.dli_fname + ": " + error.message());
     }
     return file.parent_path();
 }

@@ -14,7 +14,7 @@ namespace {
 // Graphs kept; a context that grows leaves the ones of its shorter lengths behind.
 constexpr size_t max_graphs = 32;
 
-using ThreadpoolNew = struct ggml_threadpool * (*) (struct ggml_threadpool_params *);
+using ThreadpoolNew = struct ggml_threadpool * (*)(struct ggml_threadpool_params *);
 using ThreadpoolFree = void (*)(struct ggml_threadpool *);
 using SetThreadpool = void (*)(ggml_backend_t, struct ggml_threadpool *);
 

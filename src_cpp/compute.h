@@ -41,7 +41,8 @@ class Compute {
     uint64_t n_bytes() const { return buffer_bytes_; }
 
     // The graph for `key`, built by build(builder, graph) the first time.
-    template <class G, class Build> G & graph(const GraphKey & key, Build && build) {
+    template <class G, class Build>
+    G & graph(const GraphKey & key, Build && build) {
         auto found = graphs_.find(key);
         if (found == graphs_.end()) {
             auto made = std::make_unique<G>();

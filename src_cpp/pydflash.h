@@ -79,8 +79,8 @@ PF_API int pf_gguf_tensor(const pf_gguf * gguf, uint64_t index, pf_tensor_info *
 
 /* ---- quantisation (for tools that write model files) --------------------------------------------------------- */
 
-PF_API int pf_type_from_name(const char * name); /* ggml's names ("f16", "q4_K", ...); -1 when unknown */
-PF_API const char * pf_type_name(int type);      /* NULL when unknown */
+PF_API int pf_type_from_name(const char * name);         /* ggml's names ("f16", "q4_K", ...); -1 when unknown */
+PF_API const char * pf_type_name(int type);              /* NULL when unknown */
 PF_API int64_t pf_row_size(int type, int64_t n_per_row); /* bytes; -1 when the type or length does not allow it */
 PF_API int pf_quantize(int type, const float * src, int64_t n_per_row, int64_t n_rows, void * dst, uint64_t dst_size);
 PF_API int pf_dequantize(int type, const void * src, uint64_t src_size, int64_t n_values, float * dst);
@@ -97,7 +97,7 @@ typedef struct pf_model_info {
     int32_t n_layer;     /* trunk layers; an MTP block is not counted */
     int32_t n_ctx_train; /* the context length the file states */
     uint64_t n_params;
-    uint64_t n_bytes;    /* of weights used */
+    uint64_t n_bytes; /* of weights used */
 } pf_model_info;
 
 typedef struct pf_draft_info {
@@ -106,7 +106,7 @@ typedef struct pf_draft_info {
     int32_t block_size;
     int32_t mask_token_id;
     int32_t n_taps;
-    int32_t taps[32];    /* as target_layers counts: tap k is the input of layer k */
+    int32_t taps[32]; /* as target_layers counts: tap k is the input of layer k */
     uint64_t n_params;
     uint64_t n_bytes;
 } pf_draft_info;
@@ -125,8 +125,8 @@ typedef struct pf_session pf_session;
 
 typedef struct pf_session_params {
     uint32_t size;
-    int32_t n_ctx;     /* tokens the session can hold; 0: what the model was trained for, at most 4096 */
-    int32_t type_k;    /* ggml_type of the K cache: f32, f16, q8_0 or q4_0 */
+    int32_t n_ctx;  /* tokens the session can hold; 0: what the model was trained for, at most 4096 */
+    int32_t type_k; /* ggml_type of the K cache: f32, f16, q8_0 or q4_0 */
     int32_t type_v;
     int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
     int32_t n_ring;    /* slots of the target-feature ring and of the drafter's context K/V ring */
@@ -137,12 +137,12 @@ enum { PF_SHAPE_TREE = 0, PF_SHAPE_CHAIN = 1 };
 
 typedef struct pf_generate_params {
     uint32_t size;
-    int32_t budget;         /* tree nodes besides the root, 0 to 63; 0 is plain decoding */
-    int32_t shape;          /* PF_SHAPE_*: a chain is a tree without branches */
-    float temperature;      /* 0: greedy */
-    int32_t top_k;          /* 0: off */
-    float top_p;            /* 1: off */
-    float min_p;            /* 0: off */
+    int32_t budget;    /* tree nodes besides the root, 0 to 63; 0 is plain decoding */
+    int32_t shape;     /* PF_SHAPE_*: a chain is a tree without branches */
+    float temperature; /* 0: greedy */
+    int32_t top_k;     /* 0: off */
+    float top_p;       /* 1: off */
+    float min_p;       /* 0: off */
     uint64_t seed;
     const int32_t * stop_ids; /* copied */
     uint64_t n_stop_ids;
@@ -151,11 +151,11 @@ typedef struct pf_generate_params {
 /* What one step did. Times are milliseconds. */
 typedef struct pf_step_result {
     uint32_t size;
-    int32_t n_tokens;        /* tokens the target said in this step, at least 1 */
+    int32_t n_tokens; /* tokens the target said in this step, at least 1 */
     int32_t tokens[PF_MAX_NODES];
-    int32_t n_nodes;         /* real nodes in the verified tree, the root included */
-    int32_t max_depth;       /* depth of the tree offered; the root has 0 */
-    int32_t stopped;         /* 1: the last token is one of stop_ids */
+    int32_t n_nodes;   /* real nodes in the verified tree, the root included */
+    int32_t max_depth; /* depth of the tree offered; the root has 0 */
+    int32_t stopped;   /* 1: the last token is one of stop_ids */
     double draft_ms, build_ms, verify_ms, accept_ms;
 } pf_step_result;
 

@@ -121,7 +121,8 @@ int64_t checked_n_ctx(const Target & target, const pf_session_params & p) {
             fail("the KV cache can be f32, f16, q8_0 or q4_0, not ggml type " + std::to_string(type));
         }
         if (target.state_shape.head_dim % ggml_blck_size((ggml_type) type) != 0) {
-            throw Error(PF_ERR_UNSUPPORTED, std::string("this model's heads of ") + std::to_string(target.state_shape.head_dim) +
+            throw Error(PF_ERR_UNSUPPORTED, std::string("this model's heads of ") +
+                                                std::to_string(target.state_shape.head_dim) +
                                                 " values do not divide into " + ggml_type_name((ggml_type) type) +
                                                 " blocks; use f16 for the KV cache");
         }
@@ -131,7 +132,8 @@ int64_t checked_n_ctx(const Target & target, const pf_session_params & p) {
 
 } // namespace
 
-Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter, const pf_session_params & params)
+Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
+                 const pf_session_params & params)
     : target_(std::move(target)), drafter_(std::move(drafter)), n_ctx_(checked_n_ctx(*target_, params)),
       n_batch_(params.n_batch), state_params_(state_params(drafter_.get(), params, n_ctx_)),
       compute_(params.n_threads, max_graph_nodes(*target_)),
@@ -141,8 +143,9 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
     if (drafter_) {
         // With an f32 target cache drafting is f32 throughout, ring included, else half precision will do.
         const ggml_type type = state_params_.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_F16;
-        draft_cache_ = std::make_unique<DraftCache>(drafter_->n_layer, (int64_t) drafter_->n_head_kv * drafter_->head_dim,
-                                                    drafter_->block_size, state_params_.n_ring, type, compute_.backend());
+        draft_cache_ =
+            std::make_unique<DraftCache>(drafter_->n_layer, (int64_t) drafter_->n_head_kv * drafter_->head_dim,
+                                         drafter_->block_size, state_params_.n_ring, type, compute_.backend());
         draft_logits_.resize((size_t) (drafter_->block_size - 1) * (size_t) target_->n_vocab);
         top_ids_.resize((size_t) drafter_->block_size * PF_MAX_NODES);
         top_logp_.resize(top_ids_.size());
@@ -170,7 +173,8 @@ void Session::reset() {
     mask_.forget();
 }
 
-template <class Body> void Session::reset_on_error(Body && body) {
+template <class Body>
+void Session::reset_on_error(Body && body) {
     try {
         body();
     } catch (const Error & e) {
@@ -226,22 +230,24 @@ void Session::configure(const pf_generate_params & params) {
 
 Session::PassGraph & Session::run_pass(const Nodes & nodes, const PassOptions & options) {
     const int64_t n = nodes.n, n_kv = std::min(round_up(n_ + n, kv_granule), state_->n_rows);
-    const int64_t flags = options.commit | options.logits << 1 | (options.taps != nullptr) << 2 | (options.capture != nullptr) << 3;
-    PassGraph & g = compute_.graph<PassGraph>({kind_pass, n, n_kv, flags}, [&](const GraphBuilder & b, PassGraph & graph) {
-        graph.in.embd = b.input(GGML_TYPE_F32, target_->n_embd, n);
-        graph.in.pos = b.input(GGML_TYPE_I32, n);
-        graph.in.parent = b.input(GGML_TYPE_I32, n);
-        graph.in.kv_rows = b.input(GGML_TYPE_I64, n);
-        graph.in.ring_rows = b.input(GGML_TYPE_I64, n);
-        graph.in.mask = mask_.view(b.ctx, n_kv, n);
-        if (options.commit) {
-            graph.commit = commit_inputs(b, target_->state_shape, n, false);
-        }
-        if (options.capture) {
-            graph.out.hidden.resize(options.capture->size());
-        }
-        target_->build_pass(b, graph.in, graph.commit, *state_, options, graph.out);
-    });
+    const int64_t flags =
+        options.commit | options.logits << 1 | (options.taps != nullptr) << 2 | (options.capture != nullptr) << 3;
+    PassGraph & g =
+        compute_.graph<PassGraph>({kind_pass, n, n_kv, flags}, [&](const GraphBuilder & b, PassGraph & graph) {
+            graph.in.embd = b.input(GGML_TYPE_F32, target_->n_embd, n);
+            graph.in.pos = b.input(GGML_TYPE_I32, n);
+            graph.in.parent = b.input(GGML_TYPE_I32, n);
+            graph.in.kv_rows = b.input(GGML_TYPE_I64, n);
+            graph.in.ring_rows = b.input(GGML_TYPE_I64, n);
+            graph.in.mask = mask_.view(b.ctx, n_kv, n);
+            if (options.commit) {
+                graph.commit = commit_inputs(b, target_->state_shape, n, false);
+            }
+            if (options.capture) {
+                graph.out.hidden.resize(options.capture->size());
+            }
+            target_->build_pass(b, graph.in, graph.commit, *state_, options, graph.out);
+        });
 
     embed_rows(target_->token_embd(), nodes.token.data(), n, embd_.data());
     set_input(g.in.embd, embd_.data());
@@ -308,9 +314,9 @@ void Session::append(const int32_t * ids, uint64_t n) {
         return;
     }
     if (n > (uint64_t) (n_ctx_ - n_tokens())) {
-        throw Error(PF_ERR_CONTEXT, "the session holds " + std::to_string(n_tokens()) + " tokens and " + std::to_string(n) +
-                                        " more do not fit into n_ctx " + std::to_string(n_ctx_) + "; " +
-                                        std::to_string(n_tokens() + (int64_t) n - n_ctx_) + " too many");
+        throw Error(PF_ERR_CONTEXT, "the session holds " + std::to_string(n_tokens()) + " tokens and " +
+                                        std::to_string(n) + " more do not fit into n_ctx " + std::to_string(n_ctx_) +
+                                        "; " + std::to_string(n_tokens() + (int64_t) n - n_ctx_) + " too many");
     }
     reset_on_error([&] {
         // The old pending token goes first, the last new one becomes pending.
@@ -361,12 +367,13 @@ void Session::append_context(int64_t first, int32_t n) {
         return;
     }
     const int32_t bucket = node_bucket(n);
-    AppendGraph & g = compute_.graph<AppendGraph>({kind_append, bucket, 0, 0}, [&](const GraphBuilder & b, AppendGraph & graph) {
-        graph.in.ring_rows = b.input(GGML_TYPE_I32, bucket);
-        graph.in.pos = b.input(GGML_TYPE_I32, bucket);
-        graph.in.slots = b.input(GGML_TYPE_I64, bucket);
-        drafter_->build_append(b, graph.in, state_->ring, *draft_cache_);
-    });
+    AppendGraph & g =
+        compute_.graph<AppendGraph>({kind_append, bucket, 0, 0}, [&](const GraphBuilder & b, AppendGraph & graph) {
+            graph.in.ring_rows = b.input(GGML_TYPE_I32, bucket);
+            graph.in.pos = b.input(GGML_TYPE_I32, bucket);
+            graph.in.slots = b.input(GGML_TYPE_I64, bucket);
+            drafter_->build_append(b, graph.in, state_->ring, *draft_cache_);
+        });
     for (int32_t i = 0; i < bucket; ++i) {
         const int64_t pos = first + std::min(i, n - 1);
         i32_[(size_t) i] = (int32_t) (pos % state_params_.n_ring);
@@ -403,14 +410,16 @@ void Session::fill_draft_mask(ggml_tensor * mask, bool sliding) {
 
 const float * Session::draft(int32_t n_depth) {
     const int64_t block = drafter_->block_size;
-    const int64_t n_kv = std::min(round_up(block + std::min(n_, draft_cache_->n_ring), kv_granule), draft_cache_->n_slots);
-    DraftGraph & g = compute_.graph<DraftGraph>({kind_draft, n_kv, n_depth, 0}, [&](const GraphBuilder & b, DraftGraph & graph) {
-        graph.in.embd = b.input(GGML_TYPE_F32, target_->n_embd, block);
-        graph.in.pos = b.input(GGML_TYPE_I32, block);
-        graph.in.mask_full = drafter_->any_full ? b.input(GGML_TYPE_F16, n_kv, block) : nullptr;
-        graph.in.mask_sliding = drafter_->any_sliding ? b.input(GGML_TYPE_F16, n_kv, block) : nullptr;
-        graph.logits = drafter_->build_draft(b, graph.in, n_kv, n_depth, *draft_cache_);
-    });
+    const int64_t n_kv =
+        std::min(round_up(block + std::min(n_, draft_cache_->n_ring), kv_granule), draft_cache_->n_slots);
+    DraftGraph & g =
+        compute_.graph<DraftGraph>({kind_draft, n_kv, n_depth, 0}, [&](const GraphBuilder & b, DraftGraph & graph) {
+            graph.in.embd = b.input(GGML_TYPE_F32, target_->n_embd, block);
+            graph.in.pos = b.input(GGML_TYPE_I32, block);
+            graph.in.mask_full = drafter_->any_full ? b.input(GGML_TYPE_F16, n_kv, block) : nullptr;
+            graph.in.mask_sliding = drafter_->any_sliding ? b.input(GGML_TYPE_F16, n_kv, block) : nullptr;
+            graph.logits = drafter_->build_draft(b, graph.in, n_kv, n_depth, *draft_cache_);
+        });
     drafter_->embed_block(pending_, embd_.data());
     set_input(g.in.embd, embd_.data());
     std::iota(i32_.begin(), i32_.begin() + block, (int32_t) n_);
@@ -435,8 +444,8 @@ void Session::draft_tree(int32_t n_depth, pf_step_result & out) {
         }
     }
     out.draft_ms = timer.lap_ms();
-    build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0, shape_, nullptr,
-               pending_, tree_);
+    build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0, shape_,
+               nullptr, pending_, tree_);
     out.build_ms = timer.lap_ms();
 }
 
@@ -449,9 +458,11 @@ int32_t Session::choose(const PassGraph & pass, int32_t node, int64_t position) 
     int32_t token = 0;
     float logit = 0.0f;
     ggml_backend_tensor_get(pass.out.argmax, &token, (size_t) node * sizeof(token), sizeof(token));
-    ggml_backend_tensor_get(pass.out.logits, &logit, (size_t) node * row_bytes + (size_t) token * sizeof(logit), sizeof(logit));
+    ggml_backend_tensor_get(pass.out.logits, &logit, (size_t) node * row_bytes + (size_t) token * sizeof(logit),
+                            sizeof(logit));
     if (!std::isfinite(logit)) {
-        throw Error(PF_ERR_INTERNAL, "the model produced logits that are not finite; its weights are damaged or too coarse");
+        throw Error(PF_ERR_INTERNAL,
+                    "the model produced logits that are not finite; its weights are damaged or too coarse");
     }
     return token;
 }
@@ -465,7 +476,8 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         throw Error(PF_ERR_ARGUMENT, "step: max_tokens must be at least 1");
     }
     if (n_tokens() >= n_ctx_) {
-        throw Error(PF_ERR_CONTEXT, "n_ctx " + std::to_string(n_ctx_) + " is used up; open the session with a larger one");
+        throw Error(PF_ERR_CONTEXT,
+                    "n_ctx " + std::to_string(n_ctx_) + " is used up; open the session with a larger one");
     }
     reset_on_error([&] {
         // 1, 2: draft a block and build the tree; no deeper than what may still be said.
@@ -494,7 +506,8 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         accept(
             tree_, (int32_t) std::min<int64_t>(room, PF_MAX_NODES),
             [&](int32_t node) { return choose(pass, node, n_ + tree_.depth[node] + 1); },
-            [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); }, accepted_);
+            [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },
+            accepted_);
         out.accept_ms = timer.lap_ms();
 
         out.n_tokens = accepted_.n_path;
@@ -520,10 +533,11 @@ void Session::commit(int32_t n_keep) {
             // Numbered rank-0 path first: as long as the path follows it, every row is where it belongs.
             const bool move = accepted_.path[n_keep - 1] != n_keep - 1;
             const int32_t n_nodes = budget_ + 1;
-            CommitGraph & g = compute_.graph<CommitGraph>({kind_commit, n_nodes, move, 0}, [&](const GraphBuilder & b, CommitGraph & graph) {
-                graph.in = commit_inputs(b, target_->state_shape, n_nodes, move);
-                state_->commit_tree(b, n_nodes, graph.in);
-            });
+            CommitGraph & g = compute_.graph<CommitGraph>(
+                {kind_commit, n_nodes, move, 0}, [&](const GraphBuilder & b, CommitGraph & graph) {
+                    graph.in = commit_inputs(b, target_->state_shape, n_nodes, move);
+                    state_->commit_tree(b, n_nodes, graph.in);
+                });
             fill_commit(g.in, n_nodes, accepted_.path, n_keep);
             compute_.run(g);
         }
@@ -542,7 +556,8 @@ void Session::require_fits(uint64_t n) const {
     }
 }
 
-template <class Read> void Session::evaluate_all(const int32_t * ids, uint64_t n, const PassOptions & options, Read && read) {
+template <class Read>
+void Session::evaluate_all(const int32_t * ids, uint64_t n, const PassOptions & options, Read && read) {
     check_ids(ids, n);
     require_fits(n);
     reset();
@@ -570,8 +585,10 @@ void Session::logits(const int32_t * ids, uint64_t n, float * out) {
 void Session::hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t> & layers, float * out) {
     for (const int32_t layer : layers) {
         if (layer < 0 || layer > target_->n_layer) {
-            throw Error(PF_ERR_ARGUMENT, "layer " + std::to_string(layer) + " does not exist; hidden states are the inputs of layers 0 to " +
-                                             std::to_string(target_->n_layer) + " (the last is the output of the model's last layer)");
+            throw Error(PF_ERR_ARGUMENT, "layer " + std::to_string(layer) +
+                                             " does not exist; hidden states are the inputs of layers 0 to " +
+                                             std::to_string(target_->n_layer) +
+                                             " (the last is the output of the model's last layer)");
         }
     }
     PassOptions options;

@@ -22,7 +22,8 @@ namespace pf {
 
 class Session {
   public:
-    Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter, const pf_session_params & params);
+    Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
+            const pf_session_params & params);
     ~Session();
 
     int32_t n_ctx() const { return (int32_t) n_ctx_; }
@@ -64,7 +65,8 @@ class Session {
     void check_ids(const int32_t * ids, uint64_t n) const;
     void require_fits(uint64_t n) const;
     void require_settled(const char * what) const;
-    template <class Body> void reset_on_error(Body && body);
+    template <class Body>
+    void reset_on_error(Body && body);
 
     std::shared_ptr<const Target> target_;
     std::shared_ptr<const Drafter> drafter_;
@@ -77,17 +79,17 @@ class Session {
     Mask mask_;
     std::unique_ptr<Sampler> sampler_;
 
-    int64_t n_ = 0;         // committed tokens
-    int32_t pending_ = -1;  // chosen, not yet evaluated; -1: the timeline is empty
+    int64_t n_ = 0;        // committed tokens
+    int32_t pending_ = -1; // chosen, not yet evaluated; -1: the timeline is empty
     int32_t budget_ = 0;
     int32_t shape_ = PF_SHAPE_TREE;
     std::vector<int32_t> stop_ids_;
 
-    Tree tree_;             // of the last step
+    Tree tree_; // of the last step
     Accepted accepted_;
     bool uncommitted_ = false;
 
-    Nodes nodes_;           // work memory, sized once
+    Nodes nodes_; // work memory, sized once
     std::vector<float> embd_;
     std::vector<float> row_;
     std::vector<float> draft_logits_;

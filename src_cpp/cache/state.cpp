@@ -34,7 +34,8 @@ void fill_hadamard(ggml_tensor * t) {
 
 ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor * x) {
     const int64_t n = hadamard->ne[0];
-    ggml_tensor * flat = ggml_reshape_2d(b.ctx, ggml_is_contiguous(x) ? x : ggml_cont(b.ctx, x), n, ggml_nelements(x) / n);
+    ggml_tensor * flat =
+        ggml_reshape_2d(b.ctx, ggml_is_contiguous(x) ? x : ggml_cont(b.ctx, x), n, ggml_nelements(x) / n);
     ggml_tensor * y = ggml_mul_mat(b.ctx, hadamard, flat);
     ggml_mul_mat_set_hint(y, GGML_HINT_SRC0_IS_HADAMARD);
     return ggml_reshape_4d(b.ctx, y, x->ne[0], x->ne[1], x->ne[2], x->ne[3]);
@@ -122,8 +123,8 @@ void State::save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_t
 void State::commit_recurrent(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,
                              ggml_tensor * g, const CommitInputs & in) const {
     b.keep(ggml_gated_delta_net_tree_persist(b.ctx, s[layer], key, delta, g, in.path));
-    ggml_tensor * tail = ggml_get_rows(b.ctx, x, in.conv_tail);                    // [channels, K-1]
-    ggml_tensor * both = ggml_concat(b.ctx, conv[layer], tail, 1);                 // [channels, 2 (K-1)]
+    ggml_tensor * tail = ggml_get_rows(b.ctx, x, in.conv_tail);    // [channels, K-1]
+    ggml_tensor * both = ggml_concat(b.ctx, conv[layer], tail, 1); // [channels, 2 (K-1)]
     b.keep(ggml_cpy(b.ctx, ggml_get_rows(b.ctx, both, in.conv_from), conv[layer]));
 }
 

@@ -12,7 +12,7 @@ namespace pf {
 
 // How much of what a target must remember. Zero layers of a kind means none of it.
 struct StateShape {
-    int n_attn = 0;      // attention layers
+    int n_attn = 0; // attention layers
     int head_dim = 0;
     int n_head_kv = 0;
     int n_recurrent = 0; // Gated DeltaNet layers
@@ -20,7 +20,7 @@ struct StateShape {
     int d_value = 0;
     int n_key_heads = 0;
     int n_value_heads = 0;
-    int conv_width = 0;  // K
+    int conv_width = 0; // K
     int channels = 0;
     int n_embd = 0;
 };
@@ -29,7 +29,7 @@ struct StateParams {
     int64_t n_ctx = 0;
     ggml_type type_k = GGML_TYPE_F16;
     ggml_type type_v = GGML_TYPE_F16;
-    int n_taps = 0;            // 0: no drafter, no ring
+    int n_taps = 0; // 0: no drafter, no ring
     int64_t n_ring = 0;
     ggml_type type_ring = GGML_TYPE_BF16;
 };
@@ -53,8 +53,8 @@ class State {
 
     StateShape shape;
     StateParams params;
-    int64_t n_rows = 0;                 // cache rows: n_ctx and room for a tree, a multiple of 256
-    bool rotate_k = false;              // Hadamard-rotated before it is quantised
+    int64_t n_rows = 0;    // cache rows: n_ctx and room for a tree, a multiple of 256
+    bool rotate_k = false; // Hadamard-rotated before it is quantised
     bool rotate_v = false;
 
     std::vector<ggml_tensor *> k, v;    // [head_dim * n_head_kv, n_rows] an attention layer

@@ -6,7 +6,8 @@
 
 namespace pf {
 
-TensorBlock::TensorBlock(size_t n_tensors) : ctx_(ggml_init({ggml_tensor_overhead() * (n_tensors + 1), nullptr, true})) {
+TensorBlock::TensorBlock(size_t n_tensors)
+    : ctx_(ggml_init({ggml_tensor_overhead() * (n_tensors + 1), nullptr, true})) {
     if (!ctx_) {
         throw Error(PF_ERR_MEMORY, "no memory for a table of tensors");
     }
@@ -34,9 +35,10 @@ void TensorBlock::allocate(ggml_backend_t backend, const char * what) {
         for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
             need += ggml_nbytes(t);
         }
-        throw Error(PF_ERR_MEMORY, std::string(what) + " need " + std::to_string(need >> 20) +
-                                       " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "
-                                       "or a smaller kv_type");
+        throw Error(PF_ERR_MEMORY,
+                    std::string(what) + " need " + std::to_string(need >> 20) +
+                        " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "
+                        "or a smaller kv_type");
     }
     // Masked rows are multiplied by a weight of zero: they must hold numbers.
     ggml_backend_buffer_clear(buffer_, 0);

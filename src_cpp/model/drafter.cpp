@@ -8,7 +8,8 @@
 
 namespace pf {
 
-DraftCache::DraftCache(int n_layer, int64_t n_kv_row, int32_t block, int64_t ring, ggml_type type, ggml_backend_t backend)
+DraftCache::DraftCache(int n_layer, int64_t n_kv_row, int32_t block, int64_t ring, ggml_type type,
+                       ggml_backend_t backend)
     : block_size(block), n_ring(ring), n_slots((block + ring + 1 + 255) / 256 * 256), block_((size_t) n_layer * 2) {
     for (int i = 0; i < n_layer; ++i) {
         k.push_back(block_.add(type, n_kv_row, n_slots));
@@ -21,7 +22,8 @@ std::shared_ptr<const Drafter> Drafter::open(const std::string & path, std::shar
     std::shared_ptr<const GgufFile> file = GgufFile::open(path);
     const std::string name = file->get_string("general.architecture");
     if (name != "dflash") {
-        throw Error(PF_ERR_UNSUPPORTED, path + ": architecture '" + name + "' is not a drafter this runtime runs (dflash)");
+        throw Error(PF_ERR_UNSUPPORTED,
+                    path + ": architecture '" + name + "' is not a drafter this runtime runs (dflash)");
     }
     return std::shared_ptr<const Drafter>(new Drafter(std::make_unique<Weights>(file), std::move(target)));
 }
@@ -37,32 +39,37 @@ void Drafter::load_sizes() {
     const auto key = [](const char * name) { return std::string("dflash.") + name; };
     const auto mismatch = [&](const std::string & what) { throw Error(PF_ERR_MISMATCH, f.path() + ": " + what); };
 
-    for (const char * k : {"conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k", "hyper_connection.count"}) {
+    for (const char * k :
+         {"conv_kernel_size", "conv_group_size", "selector_rank", "selector_top_k", "hyper_connection.count"}) {
         if (f.has(key(k))) {
-            throw Error(PF_ERR_UNSUPPORTED, f.path() + ": key 'dflash." + k +
-                                                "' marks a DFlash2 or DeepSeek drafter, which this runtime does not run yet");
+            throw Error(PF_ERR_UNSUPPORTED,
+                        f.path() + ": key 'dflash." + k +
+                            "' marks a DFlash2 or DeepSeek drafter, which this runtime does not run yet");
         }
     }
-    for (const char * t : {"markov_w1.weight", "conf_proj.weight", "selector_hidden.weight", "d2t", "blk.0.attn_sinks.weight",
-                           "blk.0.attn_post_norm.weight", "blk.0.post_attention_norm.weight", "rope_freqs.weight"}) {
+    for (const char * t :
+         {"markov_w1.weight", "conf_proj.weight", "selector_hidden.weight", "d2t", "blk.0.attn_sinks.weight",
+          "blk.0.attn_post_norm.weight", "blk.0.post_attention_norm.weight", "rope_freqs.weight"}) {
         if (f.find(t)) {
-            throw Error(PF_ERR_UNSUPPORTED, f.path() + ": tensor '" + t +
-                                                "' marks a drafter of another kind (DSpark, DFlash2, reduced vocabulary), "
-                                                "which this runtime does not run yet");
+            throw Error(PF_ERR_UNSUPPORTED,
+                        f.path() + ": tensor '" + t +
+                            "' marks a drafter of another kind (DSpark, DFlash2, reduced vocabulary), "
+                            "which this runtime does not run yet");
         }
     }
 
     const int64_t n_embd = f.get_int(key("embedding_length"), 1, 1 << 24);
     if (n_embd != target_->n_embd) {
-        mismatch("the drafter is " + std::to_string(n_embd) + " wide and the target " + std::to_string(target_->n_embd) +
-                 "; it was trained for another target");
+        mismatch("the drafter is " + std::to_string(n_embd) + " wide and the target " +
+                 std::to_string(target_->n_embd) + "; it was trained for another target");
     }
     n_layer = (int32_t) f.get_int(key("block_count"), 1, 256);
     n_ff_ = (int) f.get_int(key("feed_forward_length"), 1, 1 << 24);
     n_head_ = (int) f.get_int(key("attention.head_count"), 1, 65536);
     n_head_kv = (int) f.get_int(key("attention.head_count_kv"), 1, 65536, n_head_);
     head_dim = (int) f.get_int(key("attention.key_length"), 2, 65536);
-    if (f.get_int(key("attention.value_length"), 1, 65536, head_dim) != head_dim || n_head_ % n_head_kv != 0 || head_dim % 2 != 0) {
+    if (f.get_int(key("attention.value_length"), 1, 65536, head_dim) != head_dim || n_head_ % n_head_kv != 0 ||
+        head_dim % 2 != 0) {
         bad_model(f, "the dflash.attention head counts and lengths do not fit together");
     }
     eps_ = (float) f.get_float(key("attention.layer_norm_rms_epsilon"));
@@ -78,8 +85,8 @@ void Drafter::load_sizes() {
     logit_scale_ = (float) f.get_float(key("logit_scale"), 1.0);
     softcap_ = (float) f.get_float(key("final_logit_softcapping"), 0.0);
     if (f.has(key("hidden_activation")) && f.get_string(key("hidden_activation")) != "silu") {
-        throw Error(PF_ERR_UNSUPPORTED, f.path() + ": dflash.hidden_activation '" + f.get_string(key("hidden_activation")) +
-                                            "' is not supported, only silu");
+        throw Error(PF_ERR_UNSUPPORTED, f.path() + ": dflash.hidden_activation '" +
+                                            f.get_string(key("hidden_activation")) + "' is not supported, only silu");
     }
     if (f.has(key("attention.causal"))) {
         causal_ = f.get_bool(key("attention.causal"), false) ? 1 : 0;
@@ -173,8 +180,8 @@ void Drafter::build_append(const GraphBuilder & b, const AppendInputs & in, ggml
                            const DraftCache & cache) const {
     ggml_context * ctx = b.ctx;
     const int64_t n = in.pos->ne[0];
-    ggml_tensor * feat = ggml_get_rows(ctx, feature_ring, in.ring_rows);      // [n_taps * n_embd, R]
-    ggml_tensor * c = b.rms_norm(b.linear(fc_, feat), hidden_norm_, eps_);    // [n_embd, R]
+    ggml_tensor * feat = ggml_get_rows(ctx, feature_ring, in.ring_rows);   // [n_taps * n_embd, R]
+    ggml_tensor * c = b.rms_norm(b.linear(fc_, feat), hidden_norm_, eps_); // [n_embd, R]
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer & l = layers_[i];
         ggml_tensor * k = ggml_reshape_3d(ctx, b.linear(l.k, c), head_dim, n_head_kv, n);
@@ -204,8 +211,9 @@ ggml_tensor * Drafter::build_draft(const GraphBuilder & b, const DraftInputs & i
         const auto slots = [&](ggml_tensor * t) { // [d, n_kv, n_head_kv]
             return ggml_view_3d(ctx, t, d, n_kv, n_head_kv, t->nb[1], ggml_row_size(t->type, d), 0);
         };
-        ggml_tensor * o = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), slots(cache.k[i]), slots(cache.v[i]),
-                                              l.sliding ? in.mask_sliding : in.mask_full, attention_scale_, 0.0f, 0.0f);
+        ggml_tensor * o =
+            ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), slots(cache.k[i]), slots(cache.v[i]),
+                                l.sliding ? in.mask_sliding : in.mask_full, attention_scale_, 0.0f, 0.0f);
         h = ggml_add(ctx, h, b.linear(l.out, ggml_reshape_2d(ctx, o, d * n_head_, n)));
         h = ggml_add(ctx, h, b.swiglu_ffn(b.rms_norm(h, l.ffn_norm, eps_), l.gate, l.up, l.down));
     }

@@ -17,14 +17,15 @@ namespace pf {
 // The drafter's context K/V ring of one session.
 class DraftCache {
   public:
-    DraftCache(int n_layer, int64_t n_kv_row, int32_t block_size, int64_t n_ring, ggml_type type, ggml_backend_t backend);
+    DraftCache(int n_layer, int64_t n_kv_row, int32_t block_size, int64_t n_ring, ggml_type type,
+               ggml_backend_t backend);
     DraftCache(const DraftCache &) = delete;
     DraftCache & operator=(const DraftCache &) = delete;
 
     int32_t block_size;
     int64_t n_ring;
-    int64_t n_slots;                  // block, ring and one slot for pads; a multiple of 256
-    std::vector<ggml_tensor *> k, v;  // [n_head_kv * head_dim, n_slots] a layer
+    int64_t n_slots;                 // block, ring and one slot for pads; a multiple of 256
+    std::vector<ggml_tensor *> k, v; // [n_head_kv * head_dim, n_slots] a layer
 
     int64_t slot(int64_t pos) const { return block_size + pos % n_ring; }
     int64_t pad_slot() const { return block_size + n_ring; }
@@ -41,8 +42,8 @@ struct AppendInputs {
 };
 
 struct DraftInputs {
-    ggml_tensor * embd = nullptr;      // [n_embd, block_size] f32: pending token, then MASK
-    ggml_tensor * pos = nullptr;       // [block_size] i32
+    ggml_tensor * embd = nullptr;         // [n_embd, block_size] f32: pending token, then MASK
+    ggml_tensor * pos = nullptr;          // [block_size] i32
     ggml_tensor * mask_full = nullptr;    // [n_kv, block_size] f16; null when no layer wants it
     ggml_tensor * mask_sliding = nullptr; // likewise
 };
@@ -56,7 +57,7 @@ class Drafter {
     int32_t block_size = 0;
     int32_t mask_token_id = 0;
     int n_head_kv = 0, head_dim = 0;
-    std::vector<int32_t> taps;         // tap k is the input of target layer k
+    std::vector<int32_t> taps; // tap k is the input of target layer k
     bool any_full = false, any_sliding = false;
 
     const Weights & weights() const { return *weights_; }
@@ -88,16 +89,16 @@ class Drafter {
     std::unique_ptr<Weights> weights_;
     std::shared_ptr<const Target> target_;
     std::vector<Layer> layers_;
-    Matrix fc_;                        // [n_taps * n_embd, n_embd]
-    Matrix head_;                      // the file's own lm_head, else the target's
-    ggml_tensor * hidden_norm_ = nullptr; // [n_embd]
-    ggml_tensor * output_norm_ = nullptr; // [n_embd]
+    Matrix fc_;                                // [n_taps * n_embd, n_embd]
+    Matrix head_;                              // the file's own lm_head, else the target's
+    ggml_tensor * hidden_norm_ = nullptr;      // [n_embd]
+    ggml_tensor * output_norm_ = nullptr;      // [n_embd]
     const ggml_tensor * token_embd_ = nullptr; // the file's own, read on the host; null: the target's
     int n_head_ = 0, n_ff_ = 0;
     float eps_ = 0.0f, rope_base_ = 0.0f;
     float embedding_scale_ = 1.0f, attention_scale_ = 0.0f, logit_scale_ = 1.0f, softcap_ = 0.0f;
     int64_t window_ = 0;
-    int causal_ = -1;                  // -1: by layer kind, as the reference does
+    int causal_ = -1; // -1: by layer kind, as the reference does
 };
 
 } // namespace pf

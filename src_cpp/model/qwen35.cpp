@@ -20,21 +20,21 @@ struct Attention {
 };
 
 struct DeltaNet {
-    Matrix qkv;           // [n_embd, channels]: q heads, k heads, v heads
-    Matrix z;             // [n_embd, n_value_heads * d_value]
-    Matrix alpha, beta;   // [n_embd, n_value_heads]
-    Matrix out;           // [n_value_heads * d_value, n_embd]
-    ggml_tensor * conv;   // [K, channels]
-    ggml_tensor * dt;     // [n_value_heads]
-    ggml_tensor * a;      // [n_value_heads], -exp(A_log)
-    ggml_tensor * norm;   // [d_value]
+    Matrix qkv;         // [n_embd, channels]: q heads, k heads, v heads
+    Matrix z;           // [n_embd, n_value_heads * d_value]
+    Matrix alpha, beta; // [n_embd, n_value_heads]
+    Matrix out;         // [n_value_heads * d_value, n_embd]
+    ggml_tensor * conv; // [K, channels]
+    ggml_tensor * dt;   // [n_value_heads]
+    ggml_tensor * a;    // [n_value_heads], -exp(A_log)
+    ggml_tensor * norm; // [d_value]
 };
 
 struct Layer {
     bool recurrent;
-    int index;                   // among the layers of its kind
-    ggml_tensor * attn_norm;     // [n_embd]
-    ggml_tensor * ffn_norm;      // [n_embd]
+    int index;               // among the layers of its kind
+    ggml_tensor * attn_norm; // [n_embd]
+    ggml_tensor * ffn_norm;  // [n_embd]
     Matrix gate, up, down;
     Attention attn;
     DeltaNet gdn;
@@ -106,8 +106,8 @@ class Qwen35 final : public Target {
             bad_model(f, "qwen35.rope.dimension_sections must hold 4 numbers");
         }
         if (f.has(key("rope.scaling.type")) && f.get_string(key("rope.scaling.type")) != "none") {
-            throw Error(PF_ERR_UNSUPPORTED, f.path() + ": rope scaling of type '" + f.get_string(key("rope.scaling.type")) +
-                                                "' is not supported");
+            throw Error(PF_ERR_UNSUPPORTED, f.path() + ": rope scaling of type '" +
+                                                f.get_string(key("rope.scaling.type")) + "' is not supported");
         }
         if (!(eps_ > 0.0f && eps_ < 1.0f) || !(rope_base_ > 0.0f) || !std::isfinite(rope_base_)) {
             bad_model(f, "qwen35.attention.layer_norm_rms_epsilon or qwen35.rope.freq_base is out of range");
@@ -152,7 +152,8 @@ class Qwen35 final : public Target {
     void load_layers() {
         Weights & w = *weights_;
         StateShape & s = state_shape;
-        const int64_t head_dim = s.head_dim, n_kv = (int64_t) s.n_head_kv * head_dim, n_v = (int64_t) s.n_value_heads * s.d_value;
+        const int64_t head_dim = s.head_dim, n_kv = (int64_t) s.n_head_kv * head_dim,
+                      n_v = (int64_t) s.n_value_heads * s.d_value;
         output_norm_ = w.vector("output_norm.weight", n_embd);
         for (const bool recurrent : recurrent_layers()) {
             const std::string p = "blk." + std::to_string(layers_.size()) + ".";
@@ -216,10 +217,11 @@ class Qwen35 final : public Target {
 
         ggml_tensor * qg = b.linear(a.q, x); // [n_head * 2 * d, N]
         const size_t head = (size_t) d * 2 * sizeof(float);
-        ggml_tensor * q = ggml_view_3d(ctx, qg, d, n_head_, n, head, qg->nb[1], 0);                          // [d, n_head, N]
-        ggml_tensor * gate = ggml_view_3d(ctx, qg, d, n_head_, n, head, qg->nb[1], (size_t) d * sizeof(float)); // [d, n_head, N]
-        ggml_tensor * k = ggml_reshape_3d(ctx, b.linear(a.k, x), d, n_kv_head, n); // [d, n_head_kv, N]
-        ggml_tensor * v = ggml_reshape_3d(ctx, b.linear(a.v, x), d, n_kv_head, n); // [d, n_head_kv, N]
+        ggml_tensor * q = ggml_view_3d(ctx, qg, d, n_head_, n, head, qg->nb[1], 0); // [d, n_head, N]
+        ggml_tensor * gate =
+            ggml_view_3d(ctx, qg, d, n_head_, n, head, qg->nb[1], (size_t) d * sizeof(float)); // [d, n_head, N]
+        ggml_tensor * k = ggml_reshape_3d(ctx, b.linear(a.k, x), d, n_kv_head, n);             // [d, n_head_kv, N]
+        ggml_tensor * v = ggml_reshape_3d(ctx, b.linear(a.v, x), d, n_kv_head, n);             // [d, n_head_kv, N]
 
         q = b.rope(b.rms_norm(q, a.q_norm, eps_), in.pos, n_rot_, rope_base_);
         k = b.rope(b.rms_norm(k, a.k_norm, eps_), in.pos, n_rot_, rope_base_);
@@ -240,8 +242,8 @@ class Qwen35 final : public Target {
         const auto rows = [&](ggml_tensor * cache) { // [d, n_kv, n_head_kv]
             return ggml_view_3d(ctx, cache, d, n_kv, n_kv_head, cache->nb[1], ggml_row_size(cache->type, d), 0);
         };
-        ggml_tensor * o = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), rows(k_cache), rows(v_cache), in.mask,
-                                              1.0f / std::sqrt((float) d), 0.0f, 0.0f); // [d, n_head, N]
+        ggml_tensor * o = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), rows(k_cache), rows(v_cache),
+                                              in.mask, 1.0f / std::sqrt((float) d), 0.0f, 0.0f); // [d, n_head, N]
         if (state.rotate_v) {
             o = rotate(b, state.hadamard_v, o);
         }
@@ -257,9 +259,9 @@ class Qwen35 final : public Target {
         const int64_t n = x->ne[1], hk = s.n_key_heads, hv = s.n_value_heads;
         const size_t l = (size_t) layer.index;
 
-        ggml_tensor * qkv = b.linear(w.qkv, x);                                              // [channels, N]
-        ggml_tensor * z = b.linear(w.z, x);                                                  // [hv * d_value, N]
-        ggml_tensor * beta = ggml_sigmoid(ctx, b.linear(w.beta, x));                         // [hv, N]
+        ggml_tensor * qkv = b.linear(w.qkv, x);                      // [channels, N]
+        ggml_tensor * z = b.linear(w.z, x);                          // [hv * d_value, N]
+        ggml_tensor * beta = ggml_sigmoid(ctx, b.linear(w.beta, x)); // [hv, N]
         ggml_tensor * g = ggml_mul(ctx, ggml_softplus(ctx, ggml_add(ctx, b.linear(w.alpha, x), w.dt)), w.a); // [hv, N]
 
         ggml_tensor * u = b.keep(ggml_silu(ctx, ggml_ssm_conv_tree(ctx, state.conv[l], qkv, w.conv, in.parent)));
@@ -269,7 +271,8 @@ class Qwen35 final : public Target {
         qk = ggml_scale(ctx, ggml_rms_norm(ctx, qk, eps_ / (float) s.d_key), 1.0f / std::sqrt((float) s.d_key));
         ggml_tensor * q = ggml_view_3d(ctx, qk, s.d_key, hk, n, qk->nb[1], qk->nb[2], 0);
         ggml_tensor * k = ggml_view_3d(ctx, qk, s.d_key, hk, n, qk->nb[1], qk->nb[2], (size_t) hk * qk->nb[1]);
-        ggml_tensor * v = ggml_view_3d(ctx, u, s.d_value, hv, n, (size_t) s.d_value * f, u->nb[1], 2 * (size_t) hk * key_bytes);
+        ggml_tensor * v =
+            ggml_view_3d(ctx, u, s.d_value, hv, n, (size_t) s.d_value * f, u->nb[1], 2 * (size_t) hk * key_bytes);
 
         ggml_tensor * r = ggml_gated_delta_net_tree(ctx, q, k, v, g, beta, state.s[l], in.parent);
         b.keep(r);
@@ -280,8 +283,8 @@ class Qwen35 final : public Target {
             state.save_tree(b, layer.index, qkv, k, delta, g);
         }
 
-        ggml_tensor * o = b.rms_norm(ggml_gated_delta_net_tree_out(ctx, r), w.norm, eps_);   // [d_value, hv, N]
-        o = ggml_swiglu_split(ctx, z, ggml_reshape_2d(ctx, o, s.d_value * hv, n));           // silu(z) * o
+        ggml_tensor * o = b.rms_norm(ggml_gated_delta_net_tree_out(ctx, r), w.norm, eps_); // [d_value, hv, N]
+        o = ggml_swiglu_split(ctx, z, ggml_reshape_2d(ctx, o, s.d_value * hv, n));         // silu(z) * o
         return b.linear(w.out, o);
     }
 };

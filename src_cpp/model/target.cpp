@@ -43,7 +43,8 @@ void Target::load_vocabulary() {
         bad_model(file, "tensor 'token_embd.weight' is missing; the file is incomplete");
     }
     if (embd->ne[1] > INT32_MAX) {
-        bad_model(file, "tensor 'token_embd.weight' has " + std::to_string(embd->ne[1]) + " rows, too many for a vocabulary");
+        bad_model(file,
+                  "tensor 'token_embd.weight' has " + std::to_string(embd->ne[1]) + " rows, too many for a vocabulary");
     }
     n_vocab = (int32_t) embd->ne[1];
     const uint64_t n_tokens = file.array_size("tokenizer.ggml.tokens");

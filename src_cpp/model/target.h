@@ -25,8 +25,8 @@ struct PassInputs {
 };
 
 struct PassOptions {
-    bool commit = false;               // the accepted path is known beforehand: advance the state inside the graph
-    bool logits = false;               // of every node
+    bool commit = false; // the accepted path is known beforehand: advance the state inside the graph
+    bool logits = false; // of every node
     const std::vector<int32_t> * taps = nullptr;    // layers whose input goes to the ring
     const std::vector<int32_t> * capture = nullptr; // layers whose input is an output of the graph
 };
@@ -47,7 +47,7 @@ class Target {
     int32_t n_layer = 0;
     int32_t n_ctx_train = 0;
     StateShape state_shape;
-    Matrix output;                     // the lm_head, [n_embd, n_vocab]
+    Matrix output; // the lm_head, [n_embd, n_vocab]
 
     const ggml_tensor * token_embd() const { return token_embd_; } // [n_embd, n_vocab], stays on the host
     const Weights & weights() const { return *weights_; }
@@ -63,7 +63,7 @@ class Target {
     std::unique_ptr<Weights> weights_;
 
   private:
-    ggml_tensor * token_embd_ = nullptr; 
+    ggml_tensor * token_embd_ = nullptr;
 };
 
 } // namespace pf

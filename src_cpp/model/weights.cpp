@@ -62,7 +62,8 @@ const GgufTensor & Weights::expect(const std::string & tensor, int64_t ne0, int6
 ggml_tensor * Weights::add(const GgufTensor & t) {
     ggml_tensor * out = ggml_new_tensor(ctx_, t.type, 4, t.ne);
     ggml_set_name(out, t.name.c_str());
-    if (ggml_backend_tensor_alloc(buffer_, out, const_cast<uint8_t *>(file_->data()) + t.offset) != GGML_STATUS_SUCCESS) {
+    if (ggml_backend_tensor_alloc(buffer_, out, const_cast<uint8_t *>(file_->data()) + t.offset) !=
+        GGML_STATUS_SUCCESS) {
         throw Error(PF_ERR_INTERNAL, file_->path() + ": tensor '" + t.name + "' could not be placed");
     }
     n_params_ += (uint64_t) ggml_nelements(out);
