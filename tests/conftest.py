@@ -32,6 +32,6 @@ def tiny_draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def tiny_session(tiny_target: Path, tiny_draft: Path) -> Iterator[pydflash.Session]:
-    """A session on both, with an f32 KV cache."""
-    with pydflash.Session(tiny_target, tiny_draft, kv_type="f32") as session:
+    """A session on both, with an f32 KV cache, and one thread: two wait for each other on a busy machine."""
+    with pydflash.Session(tiny_target, tiny_draft, kv_type="f32", n_threads=1) as session:
         yield session
