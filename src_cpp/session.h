@@ -9,11 +9,7 @@
 #include <memory>
 #include <vector>
 
-#include "cache/mask.h"
-#include "cache/state.h"
-#include "compute.h"
-#include "model/drafter.h"
-#include "model/target.h"
+#include "runner.h"
 #include "spec/accept.h"
 #include "spec/sampler.h"
 #include "spec/tree.h"
@@ -24,7 +20,6 @@ class Session {
   public:
     Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
             const pf_session_params & params);
-    ~Session();
 
     int32_t n_ctx() const { return (int32_t) n_ctx_; }
     int64_t n_tokens() const { return n_ + (pending_ >= 0 ? 1 : 0); }
@@ -40,43 +35,21 @@ class Session {
     void draft_logits(const int32_t * ids, uint64_t n, float * out);
 
   private:
-    struct PassGraph;
-    struct CommitGraph;
-    struct AppendGraph;
-    struct DraftGraph;
-
-    // The nodes of one pass; depth and parent give a tree, pads have parent -1 and depth 0.
-    struct Nodes {
-        int32_t n_real = 0;
-        int32_t n = 0; // with pads
-        std::vector<int32_t> token, parent, depth;
-    };
-
-    PassGraph & run_pass(const Nodes & nodes, const PassOptions & options);
-    void fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t * path, int32_t n_path);
-    const PassGraph & evaluate(const int32_t * ids, int32_t n, PassOptions options);
     template <class Read>
-    void evaluate_all(const int32_t * ids, uint64_t n, const PassOptions & options, Read && read);
-    void append_context(int64_t first, int32_t n); // features of committed positions into the drafter's ring
-    const float * draft(int32_t n_depth);          // logits [n_depth, n_vocab]
-    void fill_draft_mask(ggml_tensor * mask, bool sliding);
-    void draft_tree(int32_t n_depth, pf_step_result & out);
-    int32_t choose(const PassGraph & pass, int32_t node, int64_t position);
+    void evaluate(const int32_t * ids, uint64_t n, PassOptions options, Read && read);
+    int32_t choose(const PassOutputs & out, int32_t node, int64_t position);
     void check_ids(const int32_t * ids, uint64_t n) const;
-    void require_fits(uint64_t n) const;
+    void check_room(uint64_t n) const;
     void require_settled(const char * what) const;
     template <class Body>
     void reset_on_error(Body && body);
+    const std::vector<int32_t> * taps() const { return drafter_ ? &drafter_->taps : nullptr; }
 
     std::shared_ptr<const Target> target_;
-    std::shared_ptr<const Drafter> drafter_;
+    std::shared_ptr<const Drafter> drafter_; // null: plain decoding
     int64_t n_ctx_;
     int32_t n_batch_;
-    StateParams state_params_;
-    Compute compute_;
-    std::unique_ptr<State> state_;
-    std::unique_ptr<DraftCache> draft_cache_;
-    Mask mask_;
+    Runner runner_;
     std::unique_ptr<Sampler> sampler_;
 
     int64_t n_ = 0;        // committed tokens
@@ -90,13 +63,9 @@ class Session {
     bool uncommitted_ = false;
 
     Nodes nodes_; // work memory, sized once
-    std::vector<float> embd_;
     std::vector<float> row_;
-    std::vector<float> draft_logits_;
-    std::vector<int32_t> i32_, top_ids_;
-    std::vector<int64_t> i64_;
+    std::vector<int32_t> top_ids_;
     std::vector<float> top_logp_;
-    std::vector<ggml_fp16_t> draft_mask_;
 };
 
 } // namespace pf
