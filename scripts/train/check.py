@@ -21,7 +21,7 @@ def server(gguf: Path, n_ctx: int = 2048) -> xllamacpp.Server:
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.n_ctx, params.n_parallel, params.warmup = n_ctx, 1, False
-    params.cpuparams.n_threads = 2
+    params.cpuparams.n_threads = 1
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     return xllamacpp.Server(params)
 

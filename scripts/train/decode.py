@@ -67,7 +67,8 @@ def prefill(model: Target, ids: Tensor, taps: list[int], stride: int) -> tuple[T
             s, parts = x.new_zeros(n, c.n_v, c.d_state, c.d_state, dtype=torch.float32), []
             for st in states:
                 at = slice(st.length - stride, st.length)
-                o, s = delta_scan(q[:, :, at], k[:, :, at], v[:, :, at], g[:, :, at], beta[:, :, at], s)
+                with torch.autocast("cpu", enabled=False):  # the state stays f32, as in every runtime
+                    o, s = delta_scan(q[:, :, at], k[:, :, at], v[:, :, at], g[:, :, at], beta[:, :, at], s)
                 parts.append(o)
                 st.s.append(s)
                 st.tail.append(raw[:, st.length : st.length + c.conv - 1])
