@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+from contextlib import suppress
 from pathlib import Path
 
 from pydflash import convert
@@ -22,19 +24,12 @@ def cached_draft(folder: Path) -> Path:
             f"be written, or convert it with 'python -m pydflash.convert {folder} DRAFT.gguf'",
             path=folder,
         ) from None
-    # Hashing gigabytes takes seconds, so the hash of files that have not changed since is remembered.
     try:
-        stats = [(str(part.resolve()), part.stat()) for part in parts]
+        key = _content_key(parts, cache)
     except OSError as error:
         raise ModelFileError(
             f"{folder} is not a drafter's folder: {error.strerror}: {error.filename}", path=folder
         ) from None
-    stamp = hashlib.sha256(repr([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stats]).encode()).hexdigest()
-    note = cache / f"{stamp}.key"
-    key = note.read_text() if note.exists() else ""
-    if len(key) != 64:
-        key = _content_hash(parts)
-        note.write_text(key)
     converted = cache / f"{key}-{convert.VERSION}.gguf"
     if not converted.exists():
         convert.convert(folder, converted)
@@ -47,7 +42,17 @@ def cache_folder() -> Path:
     return (Path(root) if root else Path.home() / ".cache") / "pydflash"
 
 
-def _content_hash(parts: list[Path]) -> str:
+def _content_key(parts: list[Path], cache: Path) -> str:
+    """64 hex digits that stand for what the files hold.
+
+    Hashing gigabytes takes seconds, so the answer is noted down under the files' names, sizes and times.
+    """
+    stamps = [(str(part.resolve()), part.stat()) for part in parts]
+    stamp = repr([(name, s.st_size, s.st_mtime_ns, s.st_ino) for name, s in stamps])
+    note = cache / f"{hashlib.sha256(stamp.encode()).hexdigest()}.key"
+    key = note.read_text(errors="replace") if note.exists() else ""
+    if re.fullmatch("[0-9a-f]{64}", key):
+        return key
     total = hashlib.sha256()
     for part in parts:
         one = hashlib.sha256()
@@ -55,4 +60,7 @@ def _content_hash(parts: list[Path]) -> str:
             while block := file.read(1 << 20):
                 one.update(block)
         total.update(f"{part.name}\0".encode() + one.digest())
-    return total.hexdigest()
+    key = total.hexdigest()
+    with suppress(OSError):  # it only saves time
+        note.write_text(key)
+    return key

@@ -6,7 +6,6 @@ the path, or how much was needed and how much there was.
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import os
@@ -88,6 +87,8 @@ class InternalError(PydflashError, RuntimeError):
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """', did you mean …?' for a misspelt name, or the empty string when nothing is near."""
+    import difflib  # slow to import, and seldom needed
+
     found = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
 

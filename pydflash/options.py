@@ -48,6 +48,8 @@ def one_of(name: str, value: object, known: Iterable[str]) -> str:
 def token_ids(name: str, ids: Iterable[SupportsIndex], n_vocab: int) -> list[int]:
     """Token ids of any iterable of integers (lists, numpy arrays), each within the vocabulary."""
     try:
+        if isinstance(ids, (bytes, bytearray)):  # iterable, and of integers, but not of token ids
+            raise TypeError
         checked = list(map(operator.index, ids))
     except TypeError:
         raise ArgumentError(f"{name} is {_brief(ids)}, not a sequence of integer token ids") from None

@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 import pydflash
 from tests.tiny_models import TinyDraft, TinyTarget
+
+# How long an example takes says something about the machine, not about the code.
+settings.register_profile("pydflash", deadline=None)
+settings.load_profile("pydflash")
 
 
 @pytest.fixture(scope="session", autouse=True)

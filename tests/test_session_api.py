@@ -312,6 +312,7 @@ def test_unknown_options_are_type_errors_too(tiny_session: Session) -> None:
         (["a"], pydflash.ArgumentError, "not a sequence of integer token ids"),
         (None, pydflash.ArgumentError, "not a sequence of integer token ids"),
         ([1.0], pydflash.ArgumentError, "not a sequence of integer token ids"),
+        (b"text", pydflash.ArgumentError, "not a sequence of integer token ids"),
         ([1] * 512, pydflash.ContextFullError, "512 tokens, 1 too many for n_ctx=512 and one token of output"),
         ([1] * 700, pydflash.ContextFullError, "189 too many"),
     ],
@@ -545,6 +546,11 @@ def test_forgotten_sessions_are_freed(tiny_target: Path) -> None:
 
 
 # ---- figures -----------------------------------------------------------------------------------------------------
+
+
+def test_version() -> None:
+    pyproject = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    assert f'\nversion = "{pydflash.__version__}"\n' in pyproject
 
 
 def step(n_tokens: int, n_nodes: int, max_depth: int) -> SimpleNamespace:

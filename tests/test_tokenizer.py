@@ -26,6 +26,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 
 import pydflash
 from pydflash import Tokenizer
+from tests import gguf_files
 from tests.tiny_models import byte_tokenizer
 
 N_VOCAB = 248320  # rows of the released models' embeddings; the vocabulary ends before
@@ -280,6 +281,19 @@ def test_a_vocabulary_without_every_byte_is_refused(tmp_path: Path) -> None:
     keys["tokenizer.ggml.tokens"] = ["Aa", *keys["tokenizer.ggml.tokens"][1:]]
     with pytest.raises(pydflash.ModelFormatError, match="no token for byte 0x21"):
         Tokenizer.from_gguf(write_vocabulary(tmp_path / "v.gguf", keys)).encode("x")
+
+
+def test_a_token_that_is_not_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    keys = [
+        gguf_files.key("tokenizer.ggml.model", gguf_files.STRING, "gpt2"),
+        gguf_files.key("tokenizer.ggml.pre", gguf_files.STRING, "qwen35"),
+        gguf_files.array_key("tokenizer.ggml.tokens", gguf_files.STRING, ["a", b"\xff\xfe"]),
+        gguf_files.array_key("tokenizer.ggml.merges", gguf_files.STRING, []),
+    ]
+    path.write_bytes(gguf_files.File(keys=keys, tensors=[]).bytes())
+    with pytest.raises(pydflash.ModelFormatError, match=r"tokenizer\.ggml\.tokens holds a string that is not UTF-8"):
+        Tokenizer.from_gguf(path)
 
 
 def test_missing_file(tmp_path: Path) -> None:
