@@ -20,8 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from ggml_ops import Ggml, Graph
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from tests.ggml_ops import Ggml, Graph
 
 HEADS = {"small": (32, 4, 8), "27B": (128, 16, 48)}  # d, Hk, Hv
 STATE_BYTES = 48 << 20  # states of all layers together at most, so that the large ones do not stay in the cache
@@ -78,7 +78,9 @@ def main() -> None:
 
     ggml = Ggml()
     print("                         us per token and layer        upstream / ours: fastest (median)")
-    print(f"{'heads':>6} {'threads':>7} {'N':>4} {'upstream':>9} {'verify':>8} {'commit':>8} {'verify':>16} {'both':>16}")
+    print(
+        f"{'heads':>6} {'threads':>7} {'N':>4} {'upstream':>9} {'verify':>8} {'commit':>8} {'verify':>16} {'both':>16}"
+    )
     for heads in options.heads:
         d, hk, hv = HEADS[heads]
         for n_threads in options.threads:
@@ -87,7 +89,9 @@ def main() -> None:
                 n_layers = max(2, min(16 if n <= 64 else 4, STATE_BYTES // (4 * d * d * hv)))
                 with ggml.graph() as graph:
                     times = measure(build(graph, n, d, hk, hv, n_layers), n_threads, options.seconds)
-                upstream, verify, commit = (times[name] / (n * n_layers) * 1e6 for name in ("upstream", "verify", "commit"))
+                upstream, verify, commit = (
+                    times[name] / (n * n_layers) * 1e6 for name in ("upstream", "verify", "commit")
+                )
                 ratios = [
                     f"{upstream.min() / ours_best:7.2f} ({np.median(upstream / ours):5.2f})"
                     for ours_best, ours in ((verify.min(), verify), (verify.min() + commit.min(), verify + commit))

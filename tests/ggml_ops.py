@@ -177,4 +177,5 @@ class Graph:
         raw = np.empty(self._ggml.call("ggml_nbytes", tensor), np.uint8)
         self._ggml.call("ggml_backend_tensor_get", tensor, raw.ctypes.data, 0, raw.nbytes)
         values = np.ndarray(tuple(head.ne)[::-1], NUMPY_TYPES[head.type], raw, 0, tuple(head.nb)[::-1])
-        return values.copy().reshape(shape)
+        array: np.ndarray = values.reshape(shape).copy()
+        return array

@@ -5,6 +5,7 @@ The references keep one state per node and follow the recurrence literally; the 
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -16,8 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).parent))
-from ggml_ops import Ggml, Graph, library_folder
+from tests.ggml_ops import Ggml, Graph, library_folder
 
 RUN = 64  # GGML_TREE_RUN
 F32 = np.float32
@@ -87,7 +87,14 @@ class Problem:
 
 
 def make(
-    parent: np.ndarray, *, d: int = 32, dv: int | None = None, hk: int = 2, hv: int = 4, decay: float = 0.3, seed: int = 0
+    parent: np.ndarray,
+    *,
+    d: int = 32,
+    dv: int | None = None,
+    hk: int = 2,
+    hv: int = 4,
+    decay: float = 0.3,
+    seed: int = 0,
 ) -> Problem:
     """Operands as a model makes them: unit q and k, beta in (0, 1), g <= 0 with the given mean, never below -30."""
     rng = np.random.default_rng(seed)
@@ -279,7 +286,9 @@ def test_slices_of_one_matrix(ggml: Ggml) -> None:
     p = make(binary(37), d=32, dv=16, hk=2, hv=6)
     n, hk, d = p.k.shape
     hv, dv = p.v.shape[1:]
-    matrix = np.concatenate([p.q.reshape(n, -1), p.k.reshape(n, -1), p.v.reshape(n, -1), np.full((n, 9), np.nan, F32)], 1)
+    matrix = np.concatenate(
+        [p.q.reshape(n, -1), p.k.reshape(n, -1), p.v.reshape(n, -1), np.full((n, 9), np.nan, F32)], 1
+    )
     gates = np.concatenate([p.g, p.beta], 1)
     row = matrix.shape[1] * 4
     with ggml.graph() as graph:
@@ -469,10 +478,15 @@ BAD_OPERANDS = {
 @pytest.mark.parametrize("operands", BAD_OPERANDS.values(), ids=BAD_OPERANDS.keys())
 def test_builder_refuses(operands: str) -> None:
     script = (
-        "import sys; from pathlib import Path; from test_tree_ops import *; p = make(chain(3));"
+        "import sys; from pathlib import Path; from tests.test_tree_ops import *; p = make(chain(3));"
         f"delta_net_op(Ggml(Path(sys.argv[1])).graph(), {operands})"
     )
-    command = [sys.executable, "-c", script, str(library_folder())]
-    run = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(library_folder())],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else ggml starts a debugger on itself
+        capture_output=True,
+        text=True,
+    )
     assert run.returncode == -signal.SIGABRT
     assert "ggml-tree.c" in run.stderr
