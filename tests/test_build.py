@@ -12,6 +12,7 @@ import hashlib
 import importlib.util
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -111,6 +112,42 @@ def test_backend_of_another_ggml_is_refused(tmp_path: Path) -> None:
     assert registry.ggml_backend_load(str(foreign).encode()) is None
     own = sorted(PACKAGE.glob("libpydflash-ggml-cpu*.so"))
     assert any(registry.ggml_backend_load(str(path).encode()) for path in own)
+
+
+OPEN_A_MODEL = """
+import sys, _pydflash
+out = _pydflash.ffi.new("pf_model **")
+if _pydflash.lib.pf_model_open(sys.argv[1].encode(), out):
+    sys.exit(_pydflash.ffi.string(_pydflash.lib.pf_last_error()).decode())
+print({line.split()[-1] for line in open("/proc/self/maps") if "libpydflash-ggml-cpu" in line})
+"""
+
+
+def test_cpu_backend_is_chosen_among_those_that_run_here(tiny_target: Path, tmp_path: Path) -> None:
+    package = tmp_path / "_pydflash"
+    shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("models", "__pycache__"))
+    source = tmp_path / "score.c"
+    source.write_text("int ggml_backend_score(void) { return 0; }\n")
+    output_of("cc", "-shared", "-fPIC", source, "-o", package / "libpydflash-ggml-cpu-future.so")
+    (package / "libpydflash-ggml-cpu-broken.so").write_bytes(b"not a library")
+
+    def open_model() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-c", OPEN_A_MODEL, str(tiny_target)]
+        # From another folder: neither it nor the environment may lead to a backend.
+        hint = {"PYTHONPATH": str(tmp_path), "GGML_BACKEND_PATH": str(PACKAGE / "libpydflash-ggml-cpu.so")}
+        return subprocess.run(command, cwd=PACKAGE, env=hint, capture_output=True, text=True)
+
+    loaded = re.findall(r"'(.*?)'", open_model().stdout)
+    assert [Path(path).parent for path in loaded] == [package]
+    assert Path(loaded[0]).name in {path.name for path in PACKAGE.glob("libpydflash-ggml-cpu*.so")}
+
+    for path in PACKAGE.glob("libpydflash-ggml-cpu*.so"):
+        (package / path.name).unlink()
+    run = open_model()
+    assert run.returncode == 1
+    assert f"No CPU backend in {package} can be loaded; reinstall pydflash on this machine." in run.stderr
+    assert "libpydflash-ggml-cpu-broken.so: file too short" in run.stderr
+    assert "libpydflash-ggml-cpu-future.so was built for another processor." in run.stderr
 
 
 # -- the overlay, on a small upstream -----------------------------------------------------------------------------
