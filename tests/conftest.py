@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import settings
 
 import pydflash
-from tests.tiny_models import TinyDraft, TinyTarget
+from tests.tiny_models import TinyDraft, TinyTarget, byte_tokenizer, write_gguf
 
 # How long an example takes says something about the machine, not about the code.
 settings.register_profile("pydflash", deadline=None)
@@ -40,3 +41,26 @@ def tiny_session(tiny_target: Path, tiny_draft: Path) -> Iterator[pydflash.Sessi
     """A session on both, with an f32 KV cache, and one thread: two wait for each other on a busy machine."""
     with pydflash.Session(tiny_target, tiny_draft, kv_type="f32", n_threads=1) as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def agreeing_pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A target that says a, b, c or d with the same odds whatever came before, and a drafter with those very odds: the
+    one pair of random-size models whose every tree is partly accepted."""
+    target, draft = TinyTarget(), TinyDraft.of(TinyTarget())
+    tensors, drafted = target.tensors(), draft.tensors()
+    for weights in (tensors, drafted):
+        for name in weights:
+            if name.endswith(("ssm_out.weight", "attn_output.weight", "ffn_down.weight")):  # no layer adds anything
+                weights[name] = np.zeros_like(weights[name])
+        weights["output_norm.weight"] = np.ones_like(weights["output_norm.weight"])
+    tensors["token_embd.weight"] = np.ones_like(tensors["token_embd.weight"])
+    tensors["output.weight"] = np.full_like(tensors["output.weight"], -1.0)
+    for token, logit in zip(range(64, 68), (2.0, 1.5, 1.0, 0.0), strict=True):  # 64 is "a"
+        tensors["output.weight"][token] = logit / target.n_embd
+    folder = tmp_path_factory.mktemp("agreeing")
+    keys = target.gguf_keys() | byte_tokenizer(target.n_vocab)
+    return (
+        write_gguf(folder / "target.gguf", "qwen35", keys, tensors),
+        write_gguf(folder / "draft.gguf", "dflash", draft.gguf_keys(), drafted),
+    )

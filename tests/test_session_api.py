@@ -189,6 +189,38 @@ def test_a_run_goes_on_after_a_stop_string_as_if_it_had_been_shorter(tiny_sessio
     assert stopped.ids + rest.ids == free.ids
 
 
+def test_stops_in_the_middle_of_an_accepted_path(agreeing_pair: tuple[Path, Path]) -> None:
+    settings: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 3}
+    with Session(*agreeing_pair, kv_type="f32", n_threads=1) as session:
+        free = session.generate("a", **settings)
+        assert free.mean_accepted > 2
+        assert set(free.text) == set("abcd")
+        assert session.generate("a", budget=0, **settings).ids == free.ids
+        n_cut = 0
+        for start in range(0, 40, 3):
+            for stop in (free.text[start : start + 3], free.ids[start]):
+                chunks = list(session.stream("a", stop=stop, **settings))
+                result = chunks[-1].result
+                assert result is not None
+                assert result.finish_reason == "stop"
+                if isinstance(stop, str):
+                    cut = free.text.index(stop)
+                    assert result.text == free.text[:cut]
+                    assert result.ids == free.ids[: cut + 3]
+                else:
+                    assert result.ids == free.ids[: free.ids.index(stop) + 1]
+                assert session.n_tokens == 1 + len(result.ids)  # nothing after the stop was committed
+                assert all(chunk.text == "" or stop != chunk.text for chunk in chunks)
+                n_cut += len(result.ids) < sum(_whole_steps(session, len(chunks), settings))
+        assert n_cut > 5  # so that this has seen stops in the middle of a step
+
+
+def _whole_steps(session: Session, n: int, settings: dict[str, Any]) -> list[int]:
+    """How many tokens the first n steps commit when nothing stops them."""
+    stream = session.stream("a", **settings)
+    return [chunk.accepted for chunk, _ in zip(stream, range(n), strict=False)]
+
+
 class OneCharacterTokens:
     """A tokenizer whose token i is the i-th byte: enough for TextStream."""
 
@@ -475,6 +507,18 @@ def test_keyboard_interrupt_leaves_the_session_usable(tiny_session: Session) -> 
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_an_interrupt_between_step_and_commit(tiny_session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextStream, "push", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            tiny_session.generate(PROMPT)
+    assert tiny_session.n_tokens == 0
+    assert tiny_session.logits([1, 2]).shape == (2, 288)
 
 
 def test_threads_wait_for_one_another(tiny_session: Session) -> None:
