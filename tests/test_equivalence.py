@@ -94,6 +94,12 @@ def test_every_budget_says_the_same(exact: pydflash.Session) -> None:
         assert run(exact, prompt, budget, max_tokens=64) == plain, f"budget {budget}"
 
 
+def test_a_prompt_of_one_token(exact: pydflash.Session) -> None:
+    """The drafter then has no context at all."""
+    for token in (5, 300, 1234):
+        assert run(exact, [token], 16, max_tokens=40) == run(exact, [token], 0, max_tokens=40)
+
+
 def test_a_short_ring_only_costs_acceptance(f32_target: Path, exact: pydflash.Session) -> None:
     """Context past the drafter's ring is evicted slot by slot; the text does not change."""
     with pydflash.Session(
