@@ -31,12 +31,9 @@ extern "C" {
 //   result [channels, N]    contiguous; no activation
 //
 // Any tree of any N. The state is only read: committing it is keeping the last K-1 columns along the accepted path.
-GGML_API struct ggml_tensor * ggml_ssm_conv_tree(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * x,
-        struct ggml_tensor  * kernel,
-        struct ggml_tensor  * parent);
+GGML_API struct ggml_tensor * ggml_ssm_conv_tree(struct ggml_context * ctx, struct ggml_tensor * state,
+                                                 struct ggml_tensor * x, struct ggml_tensor * kernel,
+                                                 struct ggml_tensor * parent);
 
 // Gated delta rule along the tree. For value head h, key head h % Hk and node i with parent p (S_{-1} = state):
 //
@@ -56,18 +53,13 @@ GGML_API struct ggml_tensor * ggml_ssm_conv_tree(
 // triangular system whose right-hand side reads the state once (the WY form with an ancestor mask).
 // N <= GGML_TREE_RUN: any tree. N > GGML_TREE_RUN: a chain, with pads at its end only; it is worked off in runs of
 // GGML_TREE_RUN nodes and the state is carried between runs in work memory.
-GGML_API struct ggml_tensor * ggml_gated_delta_net_tree(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * v,
-        struct ggml_tensor  * g,
-        struct ggml_tensor  * beta,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * parent);
+GGML_API struct ggml_tensor * ggml_gated_delta_net_tree(struct ggml_context * ctx, struct ggml_tensor * q,
+                                                        struct ggml_tensor * k, struct ggml_tensor * v,
+                                                        struct ggml_tensor * g, struct ggml_tensor * beta,
+                                                        struct ggml_tensor * state, struct ggml_tensor * parent);
 
 // Views into the result r of ggml_gated_delta_net_tree: out_i and delta_i, each [dv, Hv, N], contiguous.
-GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_out  (struct ggml_context * ctx, struct ggml_tensor * r);
+GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_out(struct ggml_context * ctx, struct ggml_tensor * r);
 GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_delta(struct ggml_context * ctx, struct ggml_tensor * r);
 
 // Advances the state in place along an accepted path j_1 .. j_l (each the parent of the next, the first a child of the
@@ -81,13 +73,9 @@ GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_delta(struct ggml_contex
 //   g      [Hv, N]          as given to ggml_gated_delta_net_tree (the decay of each node, not its sum along the path)
 //   path   [P]              i32, root first; entries outside 0 .. N-1 are skipped, so -1 pads it; P and N have no limit
 //   result a view of state: expand the graph with it
-GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_persist(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * delta,
-        struct ggml_tensor  * g,
-        struct ggml_tensor  * path);
+GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_persist(struct ggml_context * ctx, struct ggml_tensor * state,
+                                                                struct ggml_tensor * k, struct ggml_tensor * delta,
+                                                                struct ggml_tensor * g, struct ggml_tensor * path);
 
 #ifdef __cplusplus
 }

@@ -16,14 +16,10 @@ static void check_indices(const struct ggml_tensor * t) {
     GGML_ASSERT(ggml_is_vector(t) && ggml_is_contiguous(t));
 }
 
-struct ggml_tensor * ggml_ssm_conv_tree(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * x,
-        struct ggml_tensor  * kernel,
-        struct ggml_tensor  * parent) {
+struct ggml_tensor * ggml_ssm_conv_tree(struct ggml_context * ctx, struct ggml_tensor * state, struct ggml_tensor * x,
+                                        struct ggml_tensor * kernel, struct ggml_tensor * parent) {
     const int64_t channels = x->ne[0];
-    const int64_t n        = x->ne[1];
+    const int64_t n = x->ne[1];
 
     check_rows(x, 2);
     check_rows(state, 2);
@@ -36,7 +32,7 @@ struct ggml_tensor * ggml_ssm_conv_tree(
 
     struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, channels, n);
 
-    result->op     = GGML_OP_SSM_CONV_TREE;
+    result->op = GGML_OP_SSM_CONV_TREE;
     result->src[0] = state;
     result->src[1] = x;
     result->src[2] = kernel;
@@ -44,19 +40,14 @@ struct ggml_tensor * ggml_ssm_conv_tree(
     return result;
 }
 
-struct ggml_tensor * ggml_gated_delta_net_tree(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * q,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * v,
-        struct ggml_tensor  * g,
-        struct ggml_tensor  * beta,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * parent) {
-    const int64_t d  = k->ne[0];
+struct ggml_tensor * ggml_gated_delta_net_tree(struct ggml_context * ctx, struct ggml_tensor * q,
+                                               struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * g,
+                                               struct ggml_tensor * beta, struct ggml_tensor * state,
+                                               struct ggml_tensor * parent) {
+    const int64_t d = k->ne[0];
     const int64_t dv = v->ne[0];
     const int64_t hv = v->ne[1];
-    const int64_t n  = v->ne[2];
+    const int64_t n = v->ne[2];
 
     check_rows(q, 3);
     check_rows(k, 3);
@@ -75,7 +66,7 @@ struct ggml_tensor * ggml_gated_delta_net_tree(
 
     struct ggml_tensor * result = ggml_new_tensor_1d(ctx, GGML_TYPE_F32, 2 * dv * hv * n); // out, then delta
 
-    result->op     = GGML_OP_GATED_DELTA_NET_TREE;
+    result->op = GGML_OP_GATED_DELTA_NET_TREE;
     result->src[0] = q;
     result->src[1] = k;
     result->src[2] = v;
@@ -102,17 +93,13 @@ struct ggml_tensor * ggml_gated_delta_net_tree_delta(struct ggml_context * ctx, 
     return part_of_result(ctx, r, 1);
 }
 
-struct ggml_tensor * ggml_gated_delta_net_tree_persist(
-        struct ggml_context * ctx,
-        struct ggml_tensor  * state,
-        struct ggml_tensor  * k,
-        struct ggml_tensor  * delta,
-        struct ggml_tensor  * g,
-        struct ggml_tensor  * path) {
-    const int64_t d  = k->ne[0];
+struct ggml_tensor * ggml_gated_delta_net_tree_persist(struct ggml_context * ctx, struct ggml_tensor * state,
+                                                       struct ggml_tensor * k, struct ggml_tensor * delta,
+                                                       struct ggml_tensor * g, struct ggml_tensor * path) {
+    const int64_t d = k->ne[0];
     const int64_t dv = delta->ne[0];
     const int64_t hv = delta->ne[1];
-    const int64_t n  = delta->ne[2];
+    const int64_t n = delta->ne[2];
 
     check_rows(state, 3);
     check_rows(k, 3);
@@ -127,7 +114,7 @@ struct ggml_tensor * ggml_gated_delta_net_tree_persist(
 
     struct ggml_tensor * result = ggml_view_tensor(ctx, state);
 
-    result->op     = GGML_OP_GATED_DELTA_NET_TREE_PERSIST;
+    result->op = GGML_OP_GATED_DELTA_NET_TREE_PERSIST;
     result->src[0] = state;
     result->src[1] = k;
     result->src[2] = delta;

@@ -11,17 +11,17 @@
 
 #if defined(GGML_SIMD) && !defined(__ARM_FEATURE_SVE) && !defined(__riscv_v_intrinsic)
 
-#define tree_vec        GGML_F32_VEC
-#define tree_vec_zero   GGML_F32_VEC_ZERO
-#define tree_vec_set1   GGML_F32_VEC_SET1
-#define tree_vec_load   GGML_F32_VEC_LOAD
-#define tree_vec_store  GGML_F32_VEC_STORE
-#define tree_vec_fma    GGML_F32_VEC_FMA // a + b*c
-#define tree_vec_mul    GGML_F32_VEC_MUL
+#define tree_vec GGML_F32_VEC
+#define tree_vec_zero GGML_F32_VEC_ZERO
+#define tree_vec_set1 GGML_F32_VEC_SET1
+#define tree_vec_load GGML_F32_VEC_LOAD
+#define tree_vec_store GGML_F32_VEC_STORE
+#define tree_vec_fma GGML_F32_VEC_FMA // a + b*c
+#define tree_vec_mul GGML_F32_VEC_MUL
 static constexpr int tree_vec_len = GGML_F32_EPR;
 
 static inline float tree_vec_sum(tree_vec v) {
-    tree_vec parts[GGML_F32_ARR] = { v };
+    tree_vec parts[GGML_F32_ARR] = {v};
     for (int i = 1; i < GGML_F32_ARR; ++i) {
         parts[i] = tree_vec_zero;
     }
@@ -33,33 +33,47 @@ static inline float tree_vec_sum(tree_vec v) {
 #else // sizeless or no vectors: plain loops that the compiler may widen
 
 static constexpr int tree_vec_len = 8;
-struct tree_vec { float x[tree_vec_len]; };
+struct tree_vec {
+    float x[tree_vec_len];
+};
 static const tree_vec tree_vec_zero = {};
 
 static inline tree_vec tree_vec_set1(float s) {
     tree_vec r;
-    for (float & x : r.x) { x = s; }
+    for (float & x : r.x) {
+        x = s;
+    }
     return r;
 }
 static inline tree_vec tree_vec_load(const float * p) {
     tree_vec r;
-    for (int i = 0; i < tree_vec_len; ++i) { r.x[i] = p[i]; }
+    for (int i = 0; i < tree_vec_len; ++i) {
+        r.x[i] = p[i];
+    }
     return r;
 }
 static inline void tree_vec_store(float * p, const tree_vec & a) {
-    for (int i = 0; i < tree_vec_len; ++i) { p[i] = a.x[i]; }
+    for (int i = 0; i < tree_vec_len; ++i) {
+        p[i] = a.x[i];
+    }
 }
 static inline tree_vec tree_vec_fma(tree_vec a, const tree_vec & b, const tree_vec & c) {
-    for (int i = 0; i < tree_vec_len; ++i) { a.x[i] += b.x[i] * c.x[i]; }
+    for (int i = 0; i < tree_vec_len; ++i) {
+        a.x[i] += b.x[i] * c.x[i];
+    }
     return a;
 }
 static inline tree_vec tree_vec_mul(tree_vec a, const tree_vec & b) {
-    for (int i = 0; i < tree_vec_len; ++i) { a.x[i] *= b.x[i]; }
+    for (int i = 0; i < tree_vec_len; ++i) {
+        a.x[i] *= b.x[i];
+    }
     return a;
 }
 static inline float tree_vec_sum(const tree_vec & v) {
     float sum = 0.0f;
-    for (float x : v.x) { sum += x; }
+    for (float x : v.x) {
+        sum += x;
+    }
     return sum;
 }
 
@@ -78,8 +92,8 @@ static constexpr int tree_panel = 2 * tree_vec_len; // columns of a tile
 // The left factor of a product: element (row, t) at data[row*row_stride + t*t_stride].
 struct TreeLeft {
     const float * data;
-    int64_t       row_stride;
-    int64_t       t_stride;
+    int64_t row_stride;
+    int64_t t_stride;
 };
 
 // C[rows x cols vectors] = scale C + A B over n_t terms; scale 0 overwrites
@@ -88,8 +102,9 @@ static inline void tree_tile(TreeLeft a, const float * b, int64_t ldb, int n_t, 
     tree_vec acc[rows][cols];
     for (int i = 0; i < rows; ++i) {
         for (int j = 0; j < cols; ++j) {
-            acc[i][j] = scale == 0.0f ? tree_vec_zero
-                                      : tree_vec_mul(tree_vec_load(c + i * ldc + j * tree_vec_len), tree_vec_set1(scale));
+            acc[i][j] = scale == 0.0f
+                            ? tree_vec_zero
+                            : tree_vec_mul(tree_vec_load(c + i * ldc + j * tree_vec_len), tree_vec_set1(scale));
         }
     }
     for (int t = 0; t < n_t; ++t) {
@@ -143,7 +158,7 @@ static void tree_gemm_panel(int m, TreeLeft a, const float * b, int64_t ldb, int
         }
         tree_tile<tree_tile_rows, cols>(a, b, ldb, n_t, scale, c, ldc);
         a.data += tree_tile_rows * a.row_stride;
-        c      += tree_tile_rows * ldc;
+        c += tree_tile_rows * ldc;
     }
     tree_last_rows<tree_tile_rows - 1, cols>(m, a, b, ldb, n_t, scale, c, ldc);
 }
@@ -195,7 +210,7 @@ static inline void tree_dots(int m, int k, int n, const float * x, const float *
                 a = tree_vec_fma(a, xt, tree_vec_load(y0 + t));
                 b = tree_vec_fma(b, xt, tree_vec_load(y0 + n + t));
             }
-            dst[j * ldd + i]       = tree_vec_sum(a);
+            dst[j * ldd + i] = tree_vec_sum(a);
             dst[(j + 1) * ldd + i] = tree_vec_sum(b);
         }
     }

@@ -8,7 +8,7 @@ extern "C" {
 #endif
 
 size_t ggml_tree_op_work_size(const struct ggml_tensor * node, int n_tasks); // bytes
-void   ggml_compute_forward_tree_op(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+void ggml_compute_forward_tree_op(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 #ifdef __cplusplus
 }
