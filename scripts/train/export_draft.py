@@ -35,6 +35,7 @@ def export_draft(state: dict[str, torch.Tensor], c: DraftConfig, n_vocab: int, o
     out.mkdir(parents=True, exist_ok=True)
     tensors = {hf_name(k): v.detach().bfloat16().contiguous() for k, v in state.items()}
     save_file(tensors, out / "model.part", metadata={"format": "pt"})
+    (out / "model.part").chmod(0o644)  # safetensors writes for its owner alone
     os.replace(out / "model.part", out / "model.safetensors")
     config = {
         "architectures": ["DFlashDraftModel"], "model_type": "qwen3", "block_size": c.block,
