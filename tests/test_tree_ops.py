@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.ggml_ops import Ggml, Graph, library_folder
 
-RUN = 64  # GGML_TREE_RUN
+MAX_NODES = 64  # GGML_TREE_MAX_NODES
 F32 = np.float32
 
 examples = settings(
@@ -112,13 +112,13 @@ def make(
 
 
 @st.composite
-def trees(draw: st.DrawFn, max_nodes: int = RUN) -> np.ndarray:
+def trees(draw: st.DrawFn, max_nodes: int = MAX_NODES) -> np.ndarray:
     n = draw(st.integers(1, max_nodes))
     return np.array([draw(st.integers(-1 if i == 0 else 0, max(i - 1, -1))) for i in range(n)], np.int32)
 
 
 @st.composite
-def problems(draw: st.DrawFn, max_nodes: int = RUN) -> Problem:
+def problems(draw: st.DrawFn, max_nodes: int = MAX_NODES) -> Problem:
     return make(
         draw(trees(max_nodes)),
         d=draw(st.sampled_from([16, 32, 64, 128])),
@@ -258,7 +258,7 @@ def test_constant_decay(ggml: Ggml, g: float, n: int) -> None:
 
 @pytest.mark.parametrize("n", [65, 100, 128, 129, 200])
 @pytest.mark.parametrize("decay", [0.05, 30.0])
-def test_chains_longer_than_a_run(ggml: Ggml, n: int, decay: float) -> None:
+def test_chains_longer_than_a_tree(ggml: Ggml, n: int, decay: float) -> None:
     p = make(chain(n), d=32, dv=48, hk=2, hv=5, decay=decay)
     expected = replay(p)
     for n_threads in (1, 2):
@@ -312,7 +312,7 @@ def test_slices_of_one_matrix(ggml: Ggml) -> None:
 @pytest.mark.parametrize("n", [1, 4, 22, 64, 130])
 @pytest.mark.parametrize(("hk", "hv"), [(1, 1), (2, 5)])
 def test_bits_do_not_depend_on_threads(ggml: Ggml, n: int, hk: int, hv: int) -> None:
-    p = make(chain(n) if n > RUN else comb(n), d=64, dv=80, hk=hk, hv=hv)
+    p = make(chain(n) if n > MAX_NODES else comb(n), d=64, dv=80, hk=hk, hv=hv)
     path = ancestors(p.parent, n - 1)
     results = [(*run_tree(ggml, p, n_threads=t), run_persist(ggml, p, path, n_threads=t)) for t in (1, 2, 3, 7)]
     for other in results[1:]:
@@ -398,7 +398,7 @@ def test_persist_skips_node_numbers(ggml: Ggml, path: list[int]) -> None:
 def test_persist_of_long_chains(ggml: Ggml, n: int, decay: float) -> None:
     p = make(chain(n), decay=decay, hk=2, hv=3)
     expected = replay(p)[2]
-    for length in (n, n - 1, RUN, RUN + 1):
+    for length in (n, n - 1, MAX_NODES, MAX_NODES + 1):
         path = [*range(length), *[-1] * (n - length)]
         assert_close(run_persist(ggml, p, path, n_threads=2), expected[length - 1])
 

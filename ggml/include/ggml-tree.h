@@ -16,7 +16,7 @@ extern "C" {
 #endif
 
 // ggml_gated_delta_net_tree takes any tree of up to this many nodes, and only chains beyond.
-#define GGML_TREE_RUN 64
+#define GGML_TREE_MAX_NODES 64
 
 // The widest kernel that ggml_ssm_conv_tree takes.
 #define GGML_TREE_MAX_TAPS 16
@@ -51,8 +51,8 @@ GGML_API struct ggml_tensor * ggml_ssm_conv_tree(struct ggml_context * ctx, stru
 //
 // No S_i is ever formed: with the decay D_ij = e^{g} multiplied along the path from j down to i, the deltas solve a
 // triangular system whose right-hand side reads the state once (the WY form with an ancestor mask).
-// N <= GGML_TREE_RUN: any tree. N > GGML_TREE_RUN: a chain, with pads at its end only; it is worked off in runs of
-// GGML_TREE_RUN nodes and the state is carried between runs in work memory.
+// N <= GGML_TREE_MAX_NODES: any tree. N > GGML_TREE_MAX_NODES: a chain, with pads at its end only; it is worked off in runs, and
+// the state is carried from run to run in work memory.
 GGML_API struct ggml_tensor * ggml_gated_delta_net_tree(struct ggml_context * ctx, struct ggml_tensor * q,
                                                         struct ggml_tensor * k, struct ggml_tensor * v,
                                                         struct ggml_tensor * g, struct ggml_tensor * beta,

@@ -18,6 +18,7 @@ namespace {
 // A decay below this is taken as 0: it cannot show in an f32 sum, and denormals are slow to multiply.
 constexpr float kNoDecayLeft = 1e-30f;
 constexpr int64_t kColumns = 16;  // value columns are shared out in blocks of this many
+constexpr int kRun = 32;          // nodes of a run of a long chain: a fifth faster than 64 at d = 32, 6% at d = 128
 constexpr int kLongRowNodes = 16; // up to this many nodes, walking the state in long rows is the faster update
 
 int64_t pad(int64_t n, int64_t to) {
@@ -159,7 +160,7 @@ struct DeltaNetWork {
         const int64_t d = op->src[1]->ne[0], hk = op->src[1]->ne[1], n = op->src[1]->ne[2];
         const int64_t dv = op->src[2]->ne[0], hv = op->src[2]->ne[1];
 
-        n_max = std::min<int64_t>(n, GGML_TREE_RUN);
+        n_max = n <= GGML_TREE_MAX_NODES ? n : kRun;
         ld = pad(n_max, 16);
         n_cols = pad(2 * n_max, tree_vec_len);
         rows = s.take<float>(2 * n_max * d);
@@ -203,8 +204,8 @@ class DeltaNetTree {
             if (mine.begin >= mine.end) {
                 continue;
             }
-            for (Run run = {0, 0}; run.first < n_; run.first += GGML_TREE_RUN) {
-                run.n = (int) std::min<int64_t>(n_ - run.first, GGML_TREE_RUN);
+            for (Run run = {0, 0}; run.first < n_; run.first += w_.n_max) {
+                run.n = (int) std::min(n_ - run.first, w_.n_max);
                 prepare(run, key_head);
                 for (int64_t i = mine.begin / dv_; i * dv_ < mine.end; ++i) {
                     compute_head(run, key_head + i * hk_, i, std::max(mine.begin - i * dv_, (int64_t) 0),
