@@ -28,8 +28,9 @@ def server(gguf: Path, n_ctx: int = 2048) -> xllamacpp.Server:
 
 def greedy(s: xllamacpp.Server, ids: list[int], n: int) -> list[int]:
     """The ids that llama.cpp continues with at temperature 0, end of text ignored."""
-    out = s.handle_completions({
-        "prompt": ids, "n_predict": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False, "logprobs": 1})
+    out = s.handle_completions(
+        {"prompt": ids, "n_predict": n, "temperature": 0, "ignore_eos": True, "cache_prompt": False, "logprobs": 1}
+    )
     return [t["id"] for t in out["choices"][0]["logprobs"]["content"]]
 
 
@@ -50,8 +51,9 @@ def main() -> None:
     torch.set_num_threads(1)
     saved = torch.load(a.work / "target.pt")
     model = Target(TargetConfig(**saved["config"]))
-    model.load_state_dict({k: v.half().float() if v.dim() == 2 and not k.endswith("conv") else v
-                           for k, v in saved["model"].items()})
+    model.load_state_dict(
+        {k: v.half().float() if v.dim() == 2 and not k.endswith("conv") else v for k, v in saved["model"].items()}
+    )
     valid = np.load(a.work / "valid.npy")
     s, same = server(a.gguf), 0
     for i, start in enumerate(np.linspace(0, len(valid) - 400, a.prompts).astype(int)):

@@ -17,9 +17,16 @@ MODELS = ROOT / "models"
 VOCAB_SIZE = 4096
 # The last ids of the vocabulary, in this order; names are Qwen3.5's own, <|mask|> is the drafter's.
 SPECIALS = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>",
-    "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-    "<think>", "</think>", "<|mask|>",
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<think>",
+    "</think>",
+    "<|mask|>",
 ]
 FIRST_SPECIAL = VOCAB_SIZE - len(SPECIALS)
 SPECIAL_ID = {name: FIRST_SPECIAL + i for i, name in enumerate(SPECIALS)}
@@ -28,9 +35,24 @@ MASK = SPECIAL_ID["<|mask|>"]
 
 # Never trained on, in any version of the library, nor used as a prefix for the target's own text.
 HELD_OUT = [
-    "asyncio/queues.py", "concurrent/futures/thread.py", "configparser.py", "contextlib.py", "csv.py",
-    "dataclasses.py", "email/utils.py", "fractions.py", "graphlib.py", "heapq.py", "http/cookies.py",
-    "json/decoder.py", "logging/handlers.py", "sched.py", "shlex.py", "string.py", "textwrap.py", "wave.py",
+    "asyncio/queues.py",
+    "concurrent/futures/thread.py",
+    "configparser.py",
+    "contextlib.py",
+    "csv.py",
+    "dataclasses.py",
+    "email/utils.py",
+    "fractions.py",
+    "graphlib.py",
+    "heapq.py",
+    "http/cookies.py",
+    "json/decoder.py",
+    "logging/handlers.py",
+    "sched.py",
+    "shlex.py",
+    "string.py",
+    "textwrap.py",
+    "wave.py",
 ]
 
 CHAT_TEMPLATE = (

@@ -26,7 +26,10 @@ SPLIT = (
 )
 SKIP = {"test", "tests", "idle_test", "site-packages", "__pycache__", "encodings", "lib-dynload", "pgen2", "_bundled"}
 QUESTIONS = [
-    "What does {name} do?", "What is {name} for?", "Explain {name}.", "Describe {name} in a few words.",
+    "What does {name} do?",
+    "What is {name} for?",
+    "Explain {name}.",
+    "Describe {name} in a few words.",
     "How would you document {name}?",
 ]
 
@@ -55,8 +58,11 @@ def chats(files: dict[str, str], rng: random.Random) -> list[str]:
         todo: list[tuple[str, ast.AST]] = [(module, tree)]
         while todo:
             name, node = todo.pop()
-            doc = ast.get_docstring(node) if isinstance(
-                node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else None
+            doc = (
+                ast.get_docstring(node)
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+                else None
+            )
             if doc and len(doc) >= 20:
                 answer = doc.strip().split("\n\n")
                 answer = "\n\n".join(answer[: rng.choice([1, 1, 2])])[:600]
@@ -96,14 +102,21 @@ def main() -> None:
     log(f"{len(files)} files, {sum(map(len, files.values()))} characters; {len(kept)} of {len(talk)} chats, {used}")
 
     tok = Tokenizer(models.BPE())
-    tok.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tok.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tok.decoder = decoders.ByteLevel()
-    tok.train_from_iterator(files.values(), trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE - len(SPECIALS), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
+    tok.train_from_iterator(
+        files.values(),
+        trainers.BpeTrainer(
+            vocab_size=VOCAB_SIZE - len(SPECIALS),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tok.add_special_tokens(SPECIALS)
     assert tok.get_vocab_size() == VOCAB_SIZE
     assert tok.token_to_id(SPECIALS[0]) == EOT
@@ -117,8 +130,12 @@ def main() -> None:
         np.save(a.work / f"{name}.npy", flat)
         np.save(a.work / f"{name}_docs.npy", np.cumsum([0] + [len(i) for i in ids]))
         log(f"{name}: {len(flat)} tokens, {sum(map(len, texts)) / len(flat):.2f} characters a token")
-    (a.work / "corpus.json").write_text(json.dumps({
-        "files": sorted(files), "held_out": HELD_OUT, "chats": len(kept), "characters": sum(map(len, docs))}, indent=1))
+    (a.work / "corpus.json").write_text(
+        json.dumps(
+            {"files": sorted(files), "held_out": HELD_OUT, "chats": len(kept), "characters": sum(map(len, docs))},
+            indent=1,
+        )
+    )
 
 
 if __name__ == "__main__":

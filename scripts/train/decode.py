@@ -30,9 +30,13 @@ def empty_state(model: Target, rows: int, capacity: int) -> State:
     c = model.c
     kv = [torch.zeros(rows, c.n_head_kv, capacity, c.head_dim) for b in model.blocks if b.attention]
     gdn = [b for b in model.blocks if not b.attention]
-    return State(0, kv, [x.clone() for x in kv],
-                 [torch.zeros(rows, c.n_v, c.d_state, c.d_state) for _ in gdn],
-                 [torch.zeros(rows, c.conv - 1, (2 * c.n_k + c.n_v) * c.d_state) for _ in gdn])
+    return State(
+        0,
+        kv,
+        [x.clone() for x in kv],
+        [torch.zeros(rows, c.n_v, c.d_state, c.d_state) for _ in gdn],
+        [torch.zeros(rows, c.conv - 1, (2 * c.n_k + c.n_v) * c.d_state) for _ in gdn],
+    )
 
 
 @torch.no_grad()
@@ -53,8 +57,7 @@ def prefill(model: Target, ids: Tensor, taps: list[int], stride: int) -> tuple[T
         if isinstance(m, Attention):
             q, k, v, gate = m.project(x, cos, sin)
             r = c.n_head // c.n_head_kv
-            a = F.scaled_dot_product_attention(
-                q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), is_causal=True)
+            a = F.scaled_dot_product_attention(q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), is_causal=True)
             h = h + m.o(a.transpose(1, 2).reshape(n, w, -1) * torch.sigmoid(gate))
             for st in states:
                 st.k.append(k[:, :, : st.length])
@@ -82,13 +85,19 @@ def prefill(model: Target, ids: Tensor, taps: list[int], stride: int) -> tuple[T
 
 def branch(model: Target, st: State, room: int) -> State:
     """A copy of the state with room for `room` more tokens, in the dtype that SDPA likes."""
+
     def grow(x: Tensor) -> Tensor:
         out = x.new_zeros(x.shape[0], x.shape[1], st.length + room, x.shape[3])
         out[:, :, : st.length] = x
         return out
 
-    return State(st.length, [grow(x) for x in st.k], [grow(x) for x in st.v], [x.clone() for x in st.s],
-                 [x.clone() for x in st.tail])
+    return State(
+        st.length,
+        [grow(x) for x in st.k],
+        [grow(x) for x in st.v],
+        [x.clone() for x in st.s],
+        [x.clone() for x in st.tail],
+    )
 
 
 @torch.no_grad()
@@ -139,5 +148,3 @@ def pick(logits: Tensor, temperature: float, generator: torch.Generator | None =
     if temperature == 0:
         return logits.argmax(-1)
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator).squeeze(1)
-
-

@@ -57,8 +57,9 @@ class DraftLayer(nn.Module):
         k = rms(self.k(x).view(b, t, c.n_head_kv, c.head_dim), self.k_norm, c.eps).transpose(1, 2)
         return rope(k, cos, sin).to(v.dtype), v
 
-    def forward(self, h: Tensor, ctx: Tensor, rot_h: tuple[Tensor, Tensor], rot_ctx: tuple[Tensor, Tensor],
-                mask: Tensor) -> Tensor:
+    def forward(
+        self, h: Tensor, ctx: Tensor, rot_h: tuple[Tensor, Tensor], rot_ctx: tuple[Tensor, Tensor], mask: Tensor
+    ) -> Tensor:
         """h [B, S, E] block rows, ctx [B, T, E]; mask [B, 1, S, T + S], True where a query may look."""
         c, (b, s, _) = self.c, h.shape
         x = rms(h, self.norm, c.eps)

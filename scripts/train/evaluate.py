@@ -18,8 +18,12 @@ from heldout import loops, prefixes
 
 from pydflash import Session
 
-MODES = {"chain": {"budget": 15, "chain": True}, "tree8": {"budget": 8}, "tree16": {"budget": 16},
-         "tree32": {"budget": 32}}
+MODES = {
+    "chain": {"budget": 15, "chain": True},
+    "tree8": {"budget": 8},
+    "tree16": {"budget": 16},
+    "tree32": {"budget": 32},
+}
 
 
 def main() -> None:
@@ -50,12 +54,18 @@ def main() -> None:
                 row[kind] = round(sum(x.n_generated for x in mine) / steps, 3) if steps else float("nan")
             row["decode_tps"] = round(float(np.median([r.stats.decode_tps for r in runs])), 1)
             out[name] = row
-            log(f"{name:7s} tokens per target pass {row['not_looping']:.2f}, looping {row['looping']:.2f}; "
-                f"text as plain {row['same_text']}/{len(prompts)}; {row['decode_tps']:.0f} tok/s")
+            log(
+                f"{name:7s} tokens per target pass {row['not_looping']:.2f}, looping {row['looping']:.2f}; "
+                f"text as plain {row['same_text']}/{len(prompts)}; {row['decode_tps']:.0f} tok/s"
+            )
         out["plain"] = {"decode_tps": round(float(np.median([r.stats.decode_tps for r in plain])), 1)}
     if a.json:
-        a.json.write_text(json.dumps({"prefixes": len(prompts), "tokens": a.tokens, "looping": sum(looping),
-                                      "figures": out}, indent=1) + "\n")
+        a.json.write_text(
+            json.dumps(
+                {"prefixes": len(prompts), "tokens": a.tokens, "looping": sum(looping), "figures": out}, indent=1
+            )
+            + "\n"
+        )
 
 
 if __name__ == "__main__":

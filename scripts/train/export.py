@@ -18,13 +18,32 @@ import torch
 from common import CHAT_TEMPLATE, EOT, FIRST_SPECIAL, IM_END, MASK, MODELS, announce, log, parser
 from model import TargetConfig
 
-ATTENTION = {"q.weight": "attn_q.weight", "k.weight": "attn_k.weight", "v.weight": "attn_v.weight",
-             "o.weight": "attn_output.weight", "q_norm": "attn_q_norm.weight", "k_norm": "attn_k_norm.weight"}
-DELTA_NET = {"qkv.weight": "attn_qkv.weight", "z.weight": "attn_gate.weight", "alpha.weight": "ssm_alpha.weight",
-             "beta.weight": "ssm_beta.weight", "o.weight": "ssm_out.weight", "conv": "ssm_conv1d.weight",
-             "dt": "ssm_dt.bias", "a_log": "ssm_a", "norm": "ssm_norm.weight"}
-BLOCK = {"norm": "attn_norm.weight", "ffn_norm": "post_attention_norm.weight", "ffn.gate.weight": "ffn_gate.weight",
-         "ffn.up.weight": "ffn_up.weight", "ffn.down.weight": "ffn_down.weight"}
+ATTENTION = {
+    "q.weight": "attn_q.weight",
+    "k.weight": "attn_k.weight",
+    "v.weight": "attn_v.weight",
+    "o.weight": "attn_output.weight",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
+}
+DELTA_NET = {
+    "qkv.weight": "attn_qkv.weight",
+    "z.weight": "attn_gate.weight",
+    "alpha.weight": "ssm_alpha.weight",
+    "beta.weight": "ssm_beta.weight",
+    "o.weight": "ssm_out.weight",
+    "conv": "ssm_conv1d.weight",
+    "dt": "ssm_dt.bias",
+    "a_log": "ssm_a",
+    "norm": "ssm_norm.weight",
+}
+BLOCK = {
+    "norm": "attn_norm.weight",
+    "ffn_norm": "post_attention_norm.weight",
+    "ffn.gate.weight": "ffn_gate.weight",
+    "ffn.up.weight": "ffn_up.weight",
+    "ffn.down.weight": "ffn_down.weight",
+}
 TOP = {"embed.weight": "token_embd.weight", "norm": "output_norm.weight", "head.weight": "output.weight"}
 
 
@@ -45,8 +64,7 @@ def add_tokenizer(w: gguf.GGUFWriter, path: Path, n_vocab: int) -> None:
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("qwen35")
     w.add_token_list(tokens)
-    w.add_token_types([gguf.TokenType.NORMAL] * FIRST_SPECIAL
-                      + [gguf.TokenType.CONTROL] * (n_vocab - FIRST_SPECIAL))
+    w.add_token_types([gguf.TokenType.NORMAL] * FIRST_SPECIAL + [gguf.TokenType.CONTROL] * (n_vocab - FIRST_SPECIAL))
     w.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in model["model"]["merges"]])
     w.add_eos_token_id(IM_END)
     w.add_pad_token_id(EOT)
@@ -55,8 +73,9 @@ def add_tokenizer(w: gguf.GGUFWriter, path: Path, n_vocab: int) -> None:
     w.add_chat_template(CHAT_TEMPLATE)
 
 
-def export_target(state: dict[str, torch.Tensor], c: TargetConfig, tokenizer: Path, out: Path,
-                  f32: bool = False) -> None:
+def export_target(
+    state: dict[str, torch.Tensor], c: TargetConfig, tokenizer: Path, out: Path, f32: bool = False
+) -> None:
     """Write `state` (a Target's state_dict) to `out`, through a temporary file beside it."""
     part = out.with_suffix(".part")
     w = gguf.GGUFWriter(part, "qwen35")

@@ -38,13 +38,15 @@ def load_target(work: Path) -> Target:
     """The trained target with the F16 matrices of its GGUF."""
     saved = torch.load(work / "target.pt")
     model = Target(TargetConfig(**saved["config"]))
-    model.load_state_dict({k: v.half().float() if v.dim() == 2 and not k.endswith("conv") else v
-                           for k, v in saved["model"].items()})
+    model.load_state_dict(
+        {k: v.half().float() if v.dim() == 2 and not k.endswith("conv") else v for k, v in saved["model"].items()}
+    )
     return model.requires_grad_(False).eval()
 
 
-def continuations(model: Target, states, last, stride: int, taps: list[int], temperature: list[float],
-                  gen: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+def continuations(
+    model: Target, states, last, stride: int, taps: list[int], temperature: list[float], gen: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
     """From each state, `stride` tokens: ids [J, N, stride], features [J, N, stride, F] (the last token's are zero)."""
     ids, feats = [], []
     for st, x, t in zip(states, last, temperature, strict=True):
@@ -61,8 +63,9 @@ def continuations(model: Target, states, last, stride: int, taps: list[int], tem
     return torch.stack(ids), torch.stack(feats)
 
 
-def chat_batch(model: Target, prompts: list[list[int]], room: int, taps: list[int], temperature: float,
-               gen: torch.Generator) -> dict:
+def chat_batch(
+    model: Target, prompts: list[list[int]], room: int, taps: list[int], temperature: float, gen: torch.Generator
+) -> dict:
     """Prompts of many lengths, stepped together: a row starts to speak where its prompt ends."""
     n, longest = len(prompts), max(map(len, prompts))
     total = longest + room
@@ -77,9 +80,12 @@ def chat_batch(model: Target, prompts: list[list[int]], room: int, taps: list[in
         z, f = step(model, token, st, taps)
         feats.append(f)
         token = torch.where(forced[:, t + 1] >= 0, forced[:, t + 1], pick(z, temperature, gen))
-    return {"kind": "rows", "ids": torch.stack(rows, 1).short(),
-            "feats": torch.stack([*feats, torch.zeros_like(feats[0])], 1),
-            "begin": torch.tensor([len(p) for p in prompts])}
+    return {
+        "kind": "rows",
+        "ids": torch.stack(rows, 1).short(),
+        "feats": torch.stack([*feats, torch.zeros_like(feats[0])], 1),
+        "begin": torch.tensor([len(p) for p in prompts]),
+    }
 
 
 def chat_prompts(train: np.ndarray, tokenizer: Tokenizer) -> list[list[int]]:
@@ -122,10 +128,17 @@ def run(rank: int, a) -> None:
                 starts = rng.integers(len(train) - w, size=n)
                 ids = torch.from_numpy(np.stack([train[s : s + w] for s in starts]).astype(np.int64))
                 feats, last, states = prefill(model, ids, taps, stride)
-                own, own_feats = continuations(model, states, last, stride, taps,
-                                               rng.choice(TEMPERATURES, size=len(states)).tolist(), gen)
-                shard = {"kind": "window", "stride": stride, "ids": ids.short(), "feats": feats,
-                         "own": own.short(), "own_feats": own_feats}
+                own, own_feats = continuations(
+                    model, states, last, stride, taps, rng.choice(TEMPERATURES, size=len(states)).tolist(), gen
+                )
+                shard = {
+                    "kind": "window",
+                    "stride": stride,
+                    "ids": ids.short(),
+                    "feats": feats,
+                    "own": own.short(),
+                    "own_feats": own_feats,
+                }
                 count = own.numel()
         part = path.with_suffix(".part")
         torch.save(shard, part)

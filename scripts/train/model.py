@@ -100,8 +100,7 @@ class Attention(nn.Module):
         c, (b, t, _) = self.c, x.shape
         q, k, v, gate = self.project(x, cos, sin)
         r = c.n_head // c.n_head_kv
-        a = F.scaled_dot_product_attention(
-            q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), is_causal=True)
+        a = F.scaled_dot_product_attention(q, k.repeat_interleave(r, 1), v.repeat_interleave(r, 1), is_causal=True)
         return self.o(a.transpose(1, 2).reshape(b, t, -1) * torch.sigmoid(gate))
 
 
@@ -120,8 +119,7 @@ def delta_scan(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, s: Tens
     kt = k.transpose(-1, -2)
     a = (beta * (k @ kt) * decay).tril(-1)  # [BH, N, C, C], strictly lower
     e = g.exp().unsqueeze(-1)
-    uw = torch.linalg.solve_triangular(
-        a, torch.cat([beta * v, beta * e * k], -1), upper=False, unitriangular=True)
+    uw = torch.linalg.solve_triangular(a, torch.cat([beta * v, beta * e * k], -1), upper=False, unitriangular=True)
     u, w = uw.split(d, -1)
     qk = (q @ kt) * decay
     qe, ke, last = q * e, (k * torch.exp(g[..., -1:] - g).unsqueeze(-1)).transpose(-1, -2), e[:, :, -1:]

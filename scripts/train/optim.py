@@ -27,12 +27,19 @@ def orthogonalise(g: Tensor) -> Tensor:
 class Optimizer:
     """`matrices` go through Muon at lr_muon; every (params, lr) in `rest` through AdamW."""
 
-    def __init__(self, matrices: list[nn.Parameter], rest: list[tuple[list[nn.Parameter], float]],
-                 lr_muon: float, betas: tuple[float, float] = (0.9, 0.95), weight_decay: float = 0.0):
+    def __init__(
+        self,
+        matrices: list[nn.Parameter],
+        rest: list[tuple[list[nn.Parameter], float]],
+        lr_muon: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.0,
+    ):
         self.matrices, self.lr_muon, self.weight_decay = matrices, lr_muon, weight_decay
         self.momentum = [torch.zeros_like(p) for p in matrices]
-        self.adam = torch.optim.AdamW([{"params": p, "lr": lr, "peak": lr} for p, lr in rest], betas=betas,
-                                      weight_decay=weight_decay, fused=True)
+        self.adam = torch.optim.AdamW(
+            [{"params": p, "lr": lr, "peak": lr} for p, lr in rest], betas=betas, weight_decay=weight_decay, fused=True
+        )
         self.params = matrices + [p for group, _ in rest for p in group]
         self.world, self.rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
@@ -61,8 +68,9 @@ class Optimizer:
         if self.world > 1:
             flat = torch.cat([u.flatten() for u in updates])
             dist.all_reduce(flat)
-            updates = [x.view_as(p) for x, p in
-                       zip(flat.split([p.numel() for p in self.matrices]), self.matrices, strict=True)]
+            updates = [
+                x.view_as(p) for x, p in zip(flat.split([p.numel() for p in self.matrices]), self.matrices, strict=True)
+            ]
         for p, u in zip(self.matrices, updates, strict=True):
             p.mul_(1 - factor * self.lr_muon * self.weight_decay).add_(u, alpha=-factor * self.lr_muon)
         for group in self.adam.param_groups:

@@ -45,8 +45,16 @@ def quantise(x: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     if size < 0:
         raise SystemExit(f"rows of {n} values cannot be {kind.name}: use a multiple of 256")
     out = np.empty((rows, size), np.uint8)
-    check(lib.pf_quantize(int(kind), ffi.cast("float *", ffi.from_buffer(x)), n, rows,
-                          ffi.from_buffer(out, require_writable=True), out.nbytes))
+    check(
+        lib.pf_quantize(
+            int(kind),
+            ffi.cast("float *", ffi.from_buffer(x)),
+            n,
+            rows,
+            ffi.from_buffer(out, require_writable=True),
+            out.nbytes,
+        )
+    )
     return out
 
 

@@ -116,11 +116,17 @@ def run(rank: int, a, rendezvous: str) -> None:
     torch.set_num_threads(1)
     announce(a.work)
     if a.procs > 1:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=a.procs,
-                                timeout=datetime.timedelta(hours=6))
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=a.procs, timeout=datetime.timedelta(hours=6)
+        )
     target = load_target(a.work)
-    c = DraftConfig(n_layer=a.layers, n_ff=a.ff, taps=default_taps(target.c.n_layer), target_layers=target.c.n_layer,
-                    n_embd=target.c.n_embd)
+    c = DraftConfig(
+        n_layer=a.layers,
+        n_ff=a.ff,
+        taps=default_taps(target.c.n_layer),
+        target_layers=target.c.n_layer,
+        n_embd=target.c.n_embd,
+    )
     torch.manual_seed(a.seed)
     model = Drafter(c, target.embed.weight.data, target.head.weight.data)
     matrices = [p for p in model.parameters() if p.dim() == 2]
@@ -172,19 +178,38 @@ def run(rank: int, a, rendezvous: str) -> None:
             next_valid = progress + a.valid_every / a.minutes
             got = acceptance(model, cases if done else cases[: a.cases // 2], 40)
             mean = float(np.mean(losses)) if losses else float("nan")
-            log(f"{progress:6.1%} step {step_no} loss {mean:.3f} chain/8/16/32 "
-                + " ".join(f"{x:.2f}" for x in got["plain"]) + " looping " + " ".join(f"{x:.2f}" for x in got["loop"])
-                + f" cases {got['count']} shards {len(shards)}")
+            log(
+                f"{progress:6.1%} step {step_no} loss {mean:.3f} chain/8/16/32 "
+                + " ".join(f"{x:.2f}" for x in got["plain"])
+                + " looping "
+                + " ".join(f"{x:.2f}" for x in got["loop"])
+                + f" cases {got['count']} shards {len(shards)}"
+            )
             with curve.open("a") as f:
                 figures = [*got["plain"], got["loop"][0], got["loop"][2], factor(step_no, progress)]
-                csv.writer(f).writerow([f"{float(now) / 60:.2f}", step_no, step_no * a.rows * a.anchors * a.procs,
-                                        f"{mean:.4f}", *(f"{x:.3f}" for x in figures)])
+                csv.writer(f).writerow(
+                    [
+                        f"{float(now) / 60:.2f}",
+                        step_no,
+                        step_no * a.rows * a.anchors * a.procs,
+                        f"{mean:.4f}",
+                        *(f"{x:.3f}" for x in figures),
+                    ]
+                )
             losses.clear()
         if rank == 0 and (done or time.time() - last_save > 180):
             last_save = time.time()
             part = checkpoint.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "config": c.to_dict(), "step": step_no,
-                        "spent": float(now)}, part)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "opt": opt.state_dict(),
+                    "config": c.to_dict(),
+                    "step": step_no,
+                    "spent": float(now),
+                },
+                part,
+            )
             os.replace(part, checkpoint)
             export_draft(model.state_dict(), c, target.c.n_vocab, a.work / "draft")
     if a.procs > 1:

@@ -61,8 +61,9 @@ def optimizer(model: Target, a) -> Optimizer:
     named = dict(model.blocks.named_parameters())
     matrices = [p for n, p in named.items() if n.endswith(".weight") and min(p.shape) > 16]
     small = [p for n, p in named.items() if not (n.endswith(".weight") and min(p.shape) > 16)]
-    return Optimizer(matrices, [([model.embed.weight], 0.01), ([model.head.weight], 0.003),
-                                ([*small, model.norm], 0.003)], a.lr)
+    return Optimizer(
+        matrices, [([model.embed.weight], 0.01), ([model.head.weight], 0.003), ([*small, model.norm], 0.003)], a.lr
+    )
 
 
 def factor(step: int, progress: float) -> float:
@@ -74,8 +75,9 @@ def run(rank: int, a, rendezvous: str) -> None:
     torch.set_num_threads(1)
     announce(a.work)
     if a.procs > 1:
-        dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=a.procs,
-                                timeout=datetime.timedelta(hours=6))
+        dist.init_process_group(
+            "gloo", init_method=rendezvous, rank=rank, world_size=a.procs, timeout=datetime.timedelta(hours=6)
+        )
     torch.manual_seed(a.seed)
     model = Target(TargetConfig())
     opt = optimizer(model, a)
@@ -128,17 +130,36 @@ def run(rank: int, a, rendezvous: str) -> None:
             next_valid = progress + a.valid_every / a.minutes
             if rank == 0:
                 train = float(np.mean(losses)) if losses else float("nan")
-                log(f"{progress:6.1%} step {step} tokens {tokens / 1e6:.2f}M train {train:.3f} valid {value:.3f} "
-                    f"{(tokens) / float(now):.0f} tok/s")
+                log(
+                    f"{progress:6.1%} step {step} tokens {tokens / 1e6:.2f}M train {train:.3f} valid {value:.3f} "
+                    f"{(tokens) / float(now):.0f} tok/s"
+                )
                 with curve.open("a") as f:
-                    csv.writer(f).writerow([f"{float(now) / 60:.2f}", step, tokens, f"{train:.4f}", f"{value:.4f}",
-                                            f"{factor(step, progress):.3f}"])
+                    csv.writer(f).writerow(
+                        [
+                            f"{float(now) / 60:.2f}",
+                            step,
+                            tokens,
+                            f"{train:.4f}",
+                            f"{value:.4f}",
+                            f"{factor(step, progress):.3f}",
+                        ]
+                    )
             losses.clear()
         if rank == 0 and (done or time.time() - last_save > 120):
             last_save = time.time()
             part = checkpoint.with_suffix(".part")
-            torch.save({"model": model.state_dict(), "opt": opt.state_dict(), "config": model.c.to_dict(),
-                        "step": step, "tokens": tokens, "spent": float(now)}, part)
+            torch.save(
+                {
+                    "model": model.state_dict(),
+                    "opt": opt.state_dict(),
+                    "config": model.c.to_dict(),
+                    "step": step,
+                    "tokens": tokens,
+                    "spent": float(now),
+                },
+                part,
+            )
             os.replace(part, checkpoint)
             if done or time.time() - last_export > 60 * a.export_every:
                 last_export = time.time()
