@@ -72,7 +72,10 @@ def stops(value: Stop, n_vocab: int) -> tuple[list[str], list[int]]:
     """Stop strings and stop token ids."""
     if value is None:
         return [], []
-    items = [value] if isinstance(value, (str, SupportsIndex)) else list(value)
+    try:
+        items = [value] if isinstance(value, (str, SupportsIndex)) else list(value)
+    except TypeError:
+        raise ArgumentError(f"stop is {value!r}; it must be a string, a token id, or a sequence of them") from None
     texts = [item for item in items if isinstance(item, str)]
     if "" in texts:
         raise ArgumentError("stop holds an empty string, which would end every text before it begins")

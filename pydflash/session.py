@@ -105,6 +105,7 @@ class Session:
         target = target_file(target)
         self._core = Handles(target, None if draft is None else draft_file(draft), params)
         self._finalizer = weakref.finalize(self, self._core.free)
+        self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
         self.n_vocab = self._core.n_vocab
         self.n_embd = self._core.n_embd
         self.n_layer = self._core.n_layer
@@ -253,7 +254,10 @@ class Session:
         import numpy as np
 
         given = self._given(ids)
-        wanted = [options.integer("layers", layer, 0, self.n_layer) for layer in layers]
+        try:
+            wanted = [options.integer("layers", layer, 0, self.n_layer) for layer in layers]
+        except TypeError:
+            raise ArgumentError(f"layers is {layers!r}, not a sequence of layer numbers") from None
         out = np.empty((len(given), len(wanted), self.n_embd), np.float32)
         with self._timeline():
             check(

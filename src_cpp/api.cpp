@@ -43,10 +43,14 @@ T read_params(const T * given, void (*set_default)(T *)) {
 }
 
 template <class T>
+void check_result(const T * out) {
+    pf::require(out && out->size >= sizeof(uint32_t) && out->size <= sizeof(T),
+                "a result struct is null or its size field is wrong; set it to sizeof");
+}
+
+template <class T>
 void write_result(const T & result, T * out) {
     const uint32_t size = out->size;
-    pf::require(size >= sizeof(uint32_t) && size <= sizeof(T),
-                "the size field of a result struct is wrong; set it to sizeof");
     std::memcpy(out, &result, size);
     out->size = size;
 }
@@ -81,7 +85,8 @@ void pf_model_free(pf_model * model) {
 
 int pf_model_get_info(const pf_model * model, pf_model_info * out) {
     return pf::guard([&] {
-        pf::require(model && out, "pf_model_get_info: model and out must not be null");
+        pf::require(model, "pf_model_get_info: model must not be null");
+        check_result(out);
         const pf::Target & t = *model->target;
         pf_model_info info = {};
         info.n_vocab = t.n_vocab;
@@ -107,7 +112,8 @@ void pf_draft_free(pf_draft * draft) {
 
 int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out) {
     return pf::guard([&] {
-        pf::require(draft && out, "pf_draft_get_info: draft and out must not be null");
+        pf::require(draft, "pf_draft_get_info: draft must not be null");
+        check_result(out);
         const pf::Drafter & d = *draft->drafter;
         pf_draft_info info = {};
         info.n_layer = d.n_layer;
@@ -188,7 +194,8 @@ int pf_session_configure(pf_session * session, const pf_generate_params * params
 
 int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out) {
     return pf::guard([&] {
-        pf::require(session && out, "pf_session_step: session and out must not be null");
+        pf::require(session, "pf_session_step: session must not be null");
+        check_result(out);
         pf_step_result result = {};
         session->session.step(max_tokens, result);
         write_result(result, out);

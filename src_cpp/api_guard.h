@@ -29,11 +29,4 @@ int guard(Body && body) noexcept {
     }
 }
 
-// Throws PF_ERR_ARGUMENT unless `ok`.
-inline void require(bool ok, const char * message) {
-    if (!ok) {
-        throw Error(PF_ERR_ARGUMENT, message);
-    }
-}
-
 } // namespace pf

@@ -23,7 +23,7 @@ using SetThreadpool = void (*)(ggml_backend_t, struct ggml_threadpool *);
 int available_cores() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof(set), &set) == 0) {
-        return std::max(1, CPU_COUNT(&set));
+        return std::clamp(CPU_COUNT(&set), 1, GGML_MAX_N_THREADS);
     }
     return 1;
 }
@@ -32,29 +32,21 @@ Compute::Compute(int n_threads, size_t max_nodes) : max_nodes_(max_nodes) {
     if (n_threads == 0) {
         n_threads = available_cores();
     }
-    backend_ = ggml_backend_dev_init(cpu_device(), nullptr);
-    if (!backend_) {
-        throw Error(PF_ERR_INTERNAL, "the CPU backend did not start");
-    }
+    const auto new_pool = (ThreadpoolNew) cpu_proc("ggml_threadpool_new");
+    const auto free_pool = (ThreadpoolFree) cpu_proc("ggml_threadpool_free");
+    const auto set_pool = (SetThreadpool) cpu_proc("ggml_backend_cpu_set_threadpool");
+    const auto set_n_threads = (ggml_backend_set_n_threads_t) cpu_proc("ggml_backend_set_n_threads");
+
     // Threads of our own that stay: without a pool the backend would start and join threads in every step.
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
-    struct ggml_threadpool * pool = ((ThreadpoolNew) cpu_proc("ggml_threadpool_new"))(&params);
-    allocator_ = ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_));
-    if (!pool || !allocator_) {
-        ggml_gallocr_free(allocator_);
-        ggml_backend_free(backend_);
-        throw Error(PF_ERR_MEMORY, "could not start " + std::to_string(n_threads) + " compute threads");
+    threadpool_ = {new_pool(&params), GgmlRelease{free_pool}};
+    backend_.reset(ggml_backend_dev_init(cpu_device(), nullptr));
+    if (!threadpool_ || !backend_) {
+        throw Error(PF_ERR_MEMORY, "the CPU backend did not start " + std::to_string(n_threads) + " threads");
     }
-    threadpool_ = pool;
-    ((ggml_backend_set_n_threads_t) cpu_proc("ggml_backend_set_n_threads"))(backend_, n_threads);
-    ((SetThreadpool) cpu_proc("ggml_backend_cpu_set_threadpool"))(backend_, pool);
-}
-
-Compute::~Compute() {
-    graphs_.clear();
-    ggml_gallocr_free(allocator_);
-    ggml_backend_free(backend_);
-    ((ThreadpoolFree) cpu_proc("ggml_threadpool_free"))((struct ggml_threadpool *) threadpool_);
+    allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+    set_n_threads(backend_.get(), n_threads);
+    set_pool(backend_.get(), threadpool_.get());
 }
 
 void Compute::start(Graph & graph) const {
@@ -67,19 +59,18 @@ void Compute::start(Graph & graph) const {
 }
 
 void Compute::place(Graph & graph) {
-    if (!ggml_gallocr_reserve(allocator_, graph.gf)) {
+    if (!ggml_gallocr_reserve(allocator_.get(), graph.gf)) {
         drop_graphs();
         throw Error(PF_ERR_MEMORY, "the compute buffer did not fit into memory; ask for a smaller n_batch or n_ctx");
     }
-    const uint64_t bytes = ggml_gallocr_get_buffer_size(allocator_, 0);
+    const uint64_t bytes = ggml_gallocr_get_buffer_size(allocator_.get(), 0);
     if (bytes != buffer_bytes_) {
         drop_graphs(); // the buffer has moved, and with it everything that graphs built before point at
         buffer_bytes_ = bytes;
     }
-    if (!ggml_gallocr_alloc_graph(allocator_, graph.gf)) {
+    if (!ggml_gallocr_alloc_graph(allocator_.get(), graph.gf)) {
         throw Error(PF_ERR_INTERNAL, "a compute graph could not be placed");
     }
-    ++n_built_;
     while (graphs_.size() >= max_graphs) {
         graphs_.erase(std::min_element(graphs_.begin(), graphs_.end(), [](const auto & a, const auto & b) {
             return a.second->last_used < b.second->last_used;
@@ -92,7 +83,7 @@ void Compute::drop_graphs() {
 }
 
 void Compute::run(Graph & graph) {
-    const ggml_status status = ggml_backend_graph_compute(backend_, graph.gf);
+    const ggml_status status = ggml_backend_graph_compute(backend_.get(), graph.gf);
     if (status != GGML_STATUS_SUCCESS) {
         throw Error(PF_ERR_INTERNAL, std::string("the backend failed: ") + ggml_status_to_string(status));
     }

@@ -10,7 +10,7 @@
 
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
-#include "model/graph.h"
+#include "graph.h"
 
 namespace pf {
 
@@ -28,17 +28,22 @@ struct Graph {
     uint64_t last_used = 0;
 };
 
+// Frees what ggml gave out.
+struct GgmlRelease {
+    void operator()(ggml_backend_t backend) const { ggml_backend_free(backend); }
+    void operator()(ggml_gallocr_t allocator) const { ggml_gallocr_free(allocator); }
+    void operator()(struct ggml_threadpool * pool) const { free_pool(pool); }
+    void (*free_pool)(struct ggml_threadpool *) = nullptr;
+};
+
 class Compute {
   public:
     // n_threads 0: one per core this process may run on. max_nodes: of any graph that will be built.
     Compute(int n_threads, size_t max_nodes);
-    ~Compute();
     Compute(const Compute &) = delete;
     Compute & operator=(const Compute &) = delete;
 
-    ggml_backend_t backend() const { return backend_; }
-    uint64_t n_graphs_built() const { return n_built_; }
-    uint64_t n_bytes() const { return buffer_bytes_; }
+    ggml_backend_t backend() const { return backend_.get(); }
 
     // The graph for `key`, built by build(builder, graph) the first time.
     template <class G, class Build>
@@ -62,13 +67,13 @@ class Compute {
     void start(Graph & graph) const;
     void place(Graph & graph);
 
-    ggml_backend_t backend_ = nullptr;
-    void * threadpool_ = nullptr;
-    ggml_gallocr_t allocator_ = nullptr;
+    // The pool outlives the backend that uses it.
+    std::unique_ptr<struct ggml_threadpool, GgmlRelease> threadpool_;
+    std::unique_ptr<ggml_backend, GgmlRelease> backend_;
+    std::unique_ptr<ggml_gallocr, GgmlRelease> allocator_;
     size_t max_nodes_;
     uint64_t buffer_bytes_ = 0;
     uint64_t clock_ = 0;
-    uint64_t n_built_ = 0;
     std::map<GraphKey, std::unique_ptr<Graph>> graphs_;
 };
 

@@ -14,4 +14,11 @@ struct Error : std::runtime_error {
     int code; // PF_ERR_*
 };
 
+// Throws PF_ERR_ARGUMENT unless `ok`.
+inline void require(bool ok, const char * message) {
+    if (!ok) {
+        throw Error(PF_ERR_ARGUMENT, message);
+    }
+}
+
 } // namespace pf

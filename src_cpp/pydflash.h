@@ -1,7 +1,7 @@
 /* pydflash.h: the whole C interface of libpydflash.
  *
  * A model (pf_model: target, pf_draft: drafter) is immutable memory-mapped weights; any number of sessions may share
- * one, and it must outlive them. A session (pf_session) is one timeline of tokens: KV cache, recurrent state, drafter
+ * one, and each keeps what it needs of it alive. A session (pf_session) is one timeline of tokens: KV cache, recurrent state, drafter
  * cache, sampler settings. Between calls a session stands at n committed tokens plus one pending token, which has been
  * chosen but not yet evaluated.
  *

@@ -10,16 +10,11 @@ namespace pf {
 
 namespace {
 
-constexpr int64_t kv_granule = 256; // KV views grow in these steps, so graphs repeat
 constexpr int32_t chunk_granule = 64;
 
-int64_t round_up(int64_t n, int64_t step) {
-    return (n + step - 1) / step * step;
-}
-
-// Nodes in the largest graph of a pair: a qwen35 layer takes about 60 with the saving of a tree.
-size_t max_graph_nodes(const Target & target) {
-    return 512 + 96 * (size_t) target.n_layer;
+// Nodes in the largest graph of a pair: a qwen35 layer takes about 60 with the saving of a tree, a drafter layer 35.
+size_t max_graph_nodes(const Target & target, const Drafter * drafter) {
+    return 512 + 96 * (size_t) std::max(target.n_layer, drafter ? drafter->n_layer : 0);
 }
 
 enum Kind : int64_t { kind_pass, kind_commit, kind_append, kind_draft };
@@ -85,7 +80,7 @@ struct Runner::DraftGraph : Graph {
 
 Runner::Runner(const Target & target, const Drafter * drafter, const pf_session_params & params)
     : target_(target), drafter_(drafter), max_nodes_(std::max(params.n_batch, PF_MAX_NODES)),
-      compute_(params.n_threads, max_graph_nodes(target)),
+      compute_(params.n_threads, max_graph_nodes(target, drafter)),
       state_(target.state_shape, state_params(drafter, params), compute_.backend()),
       mask_(state_.n_rows * max_nodes_, compute_.backend()) {
     if (drafter_) {
@@ -266,7 +261,7 @@ const float * Runner::draft(int32_t pending, int64_t n, int32_t n_depth) {
     fill_draft_mask(g.in.mask_full, false, n);
     fill_draft_mask(g.in.mask_sliding, true, n);
     compute_.run(g);
-    return ggml_get_data_f32(g.logits); // the CPU backend's memory is the host's
+    return host_data(g.logits);
 }
 
 } // namespace pf

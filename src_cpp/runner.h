@@ -53,6 +53,8 @@ class Runner {
     void append_context(int64_t first, int32_t count);
     // Drafts the block behind a pending token at position n: logits [n_depth, n_vocab], valid until the next call.
     const float * draft(int32_t pending, int64_t n, int32_t n_depth);
+    // An output where the host can read it. The CPU backend's memory is the host's.
+    const float * host_data(const ggml_tensor * t) const { return ggml_get_data_f32(t); }
 
   private:
     struct PassGraph;

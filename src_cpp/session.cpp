@@ -2,7 +2,7 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
+#include <set>
 #include <string>
 
 #include "error.h"
@@ -38,8 +38,9 @@ pf_session_params checked(const Target & target, pf_session_params p) {
     if (p.n_ring < std::max(p.n_batch, 256) || p.n_ring > (1 << 24)) {
         fail("n_ring is " + std::to_string(p.n_ring) + "; it must be at least n_batch and 256");
     }
-    if (p.n_threads < 0 || p.n_threads > 512) {
-        fail("n_threads is " + std::to_string(p.n_threads) + "; it must be 1 to 512, or 0 for one per core");
+    if (p.n_threads < 0 || p.n_threads > available_cores()) {
+        fail("n_threads is " + std::to_string(p.n_threads) + "; it must be 1 to the " +
+             std::to_string(available_cores()) + " cores this process may run on, or 0 for all of them");
     }
     for (const int32_t type : {p.type_k, p.type_v}) {
         if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
@@ -69,7 +70,6 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
     for (auto * v : {&nodes_.token, &nodes_.parent, &nodes_.depth}) {
         v->resize((size_t) runner_.max_nodes());
     }
-    row_.resize((size_t) target_->n_vocab);
     pf_generate_params greedy;
     pf_generate_params_default(&greedy);
     configure(greedy);
@@ -134,7 +134,10 @@ void Session::configure(const pf_generate_params & params) {
     }
     check_ids(params.stop_ids, params.n_stop_ids);
     auto sampler = std::make_unique<Sampler>(target_->n_vocab, params);
-    const int32_t budget = drafter_ ? params.budget : 0;
+    int32_t budget = drafter_ ? params.budget : 0;
+    if (drafter_ && params.shape == PF_SHAPE_CHAIN) {
+        budget = std::min(budget, drafter_->block_size - 1); // a chain cannot be longer: no pads for what cannot be
+    }
     runner_.reserve_tree(budget + 1);
     sampler_ = std::move(sampler);
     budget_ = budget;
@@ -187,24 +190,6 @@ void Session::append(const int32_t * ids, uint64_t n) {
 
 // ---- the decode step ---------------------------------------------------------------------------------------------
 
-int32_t Session::choose(const PassOutputs & out, int32_t node, int64_t position) {
-    const size_t row_bytes = (size_t) target_->n_vocab * sizeof(float);
-    if (!sampler_->greedy()) {
-        ggml_backend_tensor_get(out.logits, row_.data(), (size_t) node * row_bytes, row_bytes);
-        return sampler_->sample(row_.data(), position);
-    }
-    int32_t token = 0;
-    float logit = 0.0f;
-    ggml_backend_tensor_get(out.argmax, &token, (size_t) node * sizeof(token), sizeof(token));
-    ggml_backend_tensor_get(out.logits, &logit, (size_t) node * row_bytes + (size_t) token * sizeof(logit),
-                            sizeof(logit));
-    if (!std::isfinite(logit)) {
-        throw Error(PF_ERR_INTERNAL,
-                    "the model produced logits that are not finite; its weights are damaged or too coarse");
-    }
-    return token;
-}
-
 void Session::step(int32_t max_tokens, pf_step_result & out) {
     require_settled("step");
     if (pending_ < 0) {
@@ -221,14 +206,16 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         Timer timer;
         const int32_t room = (int32_t) std::min<int64_t>({n_ctx_ - n_tokens(), max_tokens, PF_MAX_NODES});
 
-        // 1. Draft a block, no deeper than what may still be said.
-        const int32_t n_depth = drafter_ ? std::min({drafter_->block_size - 1, budget_, room - 1}) : 0;
+        // 1. Draft a block; look no deeper into it than what may still be said.
+        const size_t n_vocab = (size_t) target_->n_vocab;
+        const int32_t block_depth = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
+        const int32_t n_depth = std::min(block_depth, room - 1);
         const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
         if (n_depth > 0) {
-            const float * logits = runner_.draft(pending_, n_, n_depth);
+            const float * drafted = runner_.draft(pending_, n_, block_depth);
             for (int32_t d = 0; d < n_depth; ++d) {
-                top_k(logits + (size_t) d * (size_t) target_->n_vocab, target_->n_vocab, n_rank,
-                      top_ids_.data() + d * n_rank, top_logp_.data() + d * n_rank);
+                top_k(drafted + (size_t) d * n_vocab, target_->n_vocab, n_rank, top_ids_.data() + d * n_rank,
+                      top_logp_.data() + d * n_rank);
             }
         }
         out.draft_ms = timer.lap_ms();
@@ -249,12 +236,15 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         options.logits = true;
         options.commit = nodes_.n == 1;
         options.taps = taps();
-        const PassOutputs & verified = runner_.pass(nodes_, n_, options);
+        const float * logits = runner_.host_data(runner_.pass(nodes_, n_, options).logits); // [n_nodes, n_vocab]
         out.verify_ms = timer.lap_ms();
 
         // 4. Accept along the target's own choices.
         accept(
-            tree_, room, [&](int32_t node) { return choose(verified, node, n_ + tree_.depth[node] + 1); },
+            tree_, room,
+            [&](int32_t node) {
+                return sampler_->sample(logits + (size_t) node * n_vocab, n_ + tree_.depth[node] + 1);
+            },
             [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },
             accepted_);
         out.accept_ms = timer.lap_ms();
@@ -301,7 +291,8 @@ void Session::logits(const int32_t * ids, uint64_t n, float * out) {
     const size_t row = (size_t) target_->n_vocab;
     reset_on_error([&] {
         evaluate(ids, n, options, [&](const PassOutputs & pass, uint64_t first, size_t count) {
-            ggml_backend_tensor_get(pass.logits, out + first * row, 0, count * row * sizeof(float));
+            const float * logits = runner_.host_data(pass.logits);
+            std::copy(logits, logits + count * row, out + first * row);
         });
     });
     reset();
@@ -315,6 +306,9 @@ void Session::hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t>
                                              std::to_string(target_->n_layer) +
                                              " (the last is the output of the model's last layer)");
         }
+    }
+    if (std::set<int32_t>(layers.begin(), layers.end()).size() != layers.size()) {
+        throw Error(PF_ERR_ARGUMENT, "a layer is asked for twice; name each layer once");
     }
     check_ids(ids, n);
     reset();

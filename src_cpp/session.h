@@ -37,7 +37,6 @@ class Session {
   private:
     template <class Read>
     void evaluate(const int32_t * ids, uint64_t n, PassOptions options, Read && read);
-    int32_t choose(const PassOutputs & out, int32_t node, int64_t position);
     void check_ids(const int32_t * ids, uint64_t n) const;
     void check_room(uint64_t n) const;
     void require_settled(const char * what) const;
@@ -63,7 +62,6 @@ class Session {
     bool uncommitted_ = false;
 
     Nodes nodes_; // work memory, sized once
-    std::vector<float> row_;
     std::vector<int32_t> top_ids_;
     std::vector<float> top_logp_;
 };

@@ -8,6 +8,7 @@ between the two likeliest tokens where two runs part.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,14 @@ def test_a_drafter_of_random_weights_changes_nothing(
 ) -> None:
     draft = write_random_draft(tmp_path / "random.gguf", exact)
     with pydflash.Session(f32_target, draft, kv_type="f32", n_ctx=1024, n_threads=1) as session:
-        for seed, prompt in enumerate(heldout(10)):
-            options = {**sampling, "seed": seed, "max_tokens": 48}
-            assert run(session, prompt, 24, **options) == run(exact, prompt, 0, **options)
+        for seed, prompt in enumerate(heldout(50)):
+            options = {**sampling, "seed": seed}
+            plain = run(exact, prompt, 0, **options)
+            assert run(session, prompt, 6, **options) == plain, f"tree, prompt {seed}"
             assert session.stats is not None
             assert session.stats.mean_accepted < 1.5
+            if seed < 10:
+                assert run(session, prompt, 3, chain=True, **options) == plain, f"chain, prompt {seed}"
 
 
 def test_every_budget_says_the_same(exact: pydflash.Session) -> None:
@@ -92,6 +96,21 @@ def test_every_budget_says_the_same(exact: pydflash.Session) -> None:
     plain = run(exact, prompt, 0, max_tokens=64)
     for budget in [1, 2, 3, 4, 5, 7, 8, 15, 17, 31, 32, 47, 62, 63]:
         assert run(exact, prompt, budget, max_tokens=64) == plain, f"budget {budget}"
+
+
+def test_two_threads_and_a_long_context_say_the_same(f32_target: Path) -> None:
+    """Past 512 rows the backend cuts one token's attention into pieces, by thread."""
+    prompt = "".join(heldout(12))
+    with pydflash.Session(
+        f32_target, models.draft_path(), kv_type="f32", n_ctx=1024, n_threads=available(2)
+    ) as session:
+        ids = session.tokenize(prompt)[:900]
+        assert run(session, ids, 16, max_tokens=100) == run(session, ids, 0, max_tokens=100)
+
+
+def available(n: int) -> int:
+    """n threads, or as many as there are cores."""
+    return min(n, len(os.sched_getaffinity(0)))
 
 
 def test_a_prompt_of_one_token(exact: pydflash.Session) -> None:
@@ -263,6 +282,5 @@ def test_memory_does_not_grow_over_4000_tokens() -> None:
             n += chunk.accepted
             at[n // 500] = resident()
         assert n == 4000
-    # KV rows are touched as they fill; what else grows would be a leak. The first 500 tokens build the graphs.
-    rows = 3500 * 2 * 4096
-    assert at[max(at)] - at[0] < rows + (8 << 20)
+    # Caches are filled at the start, and the first thousand tokens meet every shape of graph but longer ones.
+    assert at[max(at)] - at[1] < 4 << 20

@@ -191,6 +191,48 @@ def test_a_drafter_of_another_target(good: tuple[Path, Path], tmp_path: Path) ->
         pydflash.Session(good[0], newer)
 
 
+def test_a_drafter_deeper_than_its_target(good: tuple[Path, Path], tmp_path: Path) -> None:
+    draft = TinyDraft.of(TARGET, target_ids=(0,), n_layer=60, n_ff=32)
+    assert attempt(good[0], draft.write(tmp_path / "deep.gguf")) is None
+
+
+def test_models_of_one_kind_of_layer(tmp_path: Path) -> None:
+    for recurrent in (True, False):
+        target = TinyTarget(n_layer=3, recurrent=(recurrent,) * 3)
+        path = target.write(tmp_path / "t.gguf")
+        draft = TinyDraft.of(target, target_ids=(0, 1), block_size=4).write(tmp_path / "d.gguf")
+        with pydflash.Session(path, draft, kv_type="f32", n_threads=1) as session:
+            ids = list(range(5, 40))
+            assert session.generate(ids, max_tokens=40).ids == session.generate(ids, max_tokens=40, budget=0).ids
+
+
+def test_layers_asked_for_twice(good: tuple[Path, Path]) -> None:
+    with pydflash.Session(*good, n_ctx=64, n_ring=512, n_threads=1) as session:
+        assert session.hidden([1, 2, 3], [0, 2]).shape == (3, 2, TARGET.n_embd)
+        with pytest.raises(PydflashError, match="twice"):
+            session.hidden([1, 2, 3], [1] * 2000)
+
+
+def test_ties_go_to_the_lowest_id(tmp_path: Path) -> None:
+    tensors = dict(TARGET.tensors())
+    tensors["output.weight"] = np.tile(tensors["output.weight"][:1], (TARGET.n_vocab, 1))
+    path = write_gguf(tmp_path / "tied.gguf", "qwen35", TARGET.gguf_keys(), tensors)
+    with pydflash.Session(path, n_ctx=64, n_threads=1) as session:
+        assert session.generate([1, 2], max_tokens=3).ids == [0, 0, 0]
+
+
+def test_one_logit_that_is_not_a_number(tmp_path: Path) -> None:
+    tensors = dict(TARGET.tensors())
+    tensors["output.weight"] = tensors["output.weight"].copy()
+    tensors["output.weight"][7] = np.nan
+    path = write_gguf(tmp_path / "nan.gguf", "qwen35", TARGET.gguf_keys(), tensors)
+    with (
+        pydflash.Session(path, n_ctx=64, n_threads=1) as session,
+        pytest.raises(PydflashError, match=r"finite|not a number|NaN"),
+    ):
+        session.generate([1, 2], max_tokens=4)
+
+
 def test_weights_that_are_not_finite_end_in_a_sentence(tmp_path: Path) -> None:
     tensors = dict(TARGET.tensors())
     tensors["output_norm.weight"] = np.full_like(tensors["output_norm.weight"], np.nan)

@@ -540,26 +540,21 @@ def test_the_core_releases_the_gil(tiny_target: Path) -> None:
     """While one thread is inside one long call, another runs Python."""
     with Session(tiny_target, n_threads=1) as session:
         ids = [1] * 512
-        busy, ticks, most = True, 0, 0.0
+        busy, ticks = True, 0
 
         def tick() -> None:
-            nonlocal ticks, most
-            last = time.perf_counter()
+            nonlocal ticks
             while busy:
                 time.sleep(0.0005)
-                now = time.perf_counter()
-                ticks, most, last = ticks + 1, max(most, now - last), now
+                ticks += 1
 
         thread = threading.Thread(target=tick)
         thread.start()
-        began = time.perf_counter()
         for _ in range(5):
             session.logits(ids)
-        took = time.perf_counter() - began
         busy = False
         thread.join()
-    assert ticks > 10
-    assert most < took / 2
+    assert ticks > 12  # without the GIL released: about one between two calls
 
 
 def test_closed_sessions(tiny_target: Path, tiny_draft: Path) -> None:

@@ -23,8 +23,6 @@ class Mask {
     void write(ggml_tensor * mask, int64_t n_committed, const int32_t * parent);
     void forget(); // the next write fills everything
 
-    uint64_t n_bytes() const { return block_.n_bytes(); }
-
   private:
     TensorBlock block_{1};
     ggml_tensor * memory_ = nullptr;

@@ -11,8 +11,6 @@ namespace pf {
 
 namespace {
 
-constexpr int64_t kv_granule = 256; // a KV view's length is a multiple of this, so graphs repeat
-
 int64_t largest_power_of_two_divisor(int64_t n) {
     return n & -n;
 }
@@ -43,7 +41,7 @@ ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor
 
 State::State(const StateShape & shape_in, const StateParams & params_in, ggml_backend_t backend)
     : shape(shape_in), params(params_in), backend_(backend) {
-    n_rows = (params.n_ctx + PF_MAX_NODES + kv_granule - 1) / kv_granule * kv_granule;
+    n_rows = round_up(params.n_ctx + PF_MAX_NODES, kv_granule);
     rotate_k = params.type_k == GGML_TYPE_Q4_0;
     rotate_v = params.type_v == GGML_TYPE_Q4_0;
 
@@ -102,10 +100,6 @@ void State::clear() {
         ggml_backend_tensor_memset(s[i], 0, 0, ggml_nbytes(s[i]));
         ggml_backend_tensor_memset(conv[i], 0, 0, ggml_nbytes(conv[i]));
     }
-}
-
-uint64_t State::n_bytes() const {
-    return memory_.n_bytes() + scratch_.n_bytes();
 }
 
 void State::save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,

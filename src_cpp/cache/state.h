@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "model/graph.h"
+#include "graph.h"
 #include "tensor_block.h"
 
 namespace pf {
@@ -77,7 +77,6 @@ class State {
 
     // Recurrent state back to the beginning; KV rows need no clearing, since no mask opens them.
     void clear();
-    uint64_t n_bytes() const;
 
     // Graph nodes. `x` is [channels, N] raw columns, k [d_key, n_key_heads, N], delta [d_value, n_value_heads, N], g [Hv, N].
     void save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * k, ggml_tensor * delta,

@@ -8,6 +8,13 @@
 
 namespace pf {
 
+// Cache rows and the views that graphs take of them grow in these steps, so that graphs repeat.
+constexpr int64_t kv_granule = 256;
+
+constexpr int64_t round_up(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
+
 // Tensors that live in one buffer of their own.
 class TensorBlock {
   public:
@@ -20,7 +27,6 @@ class TensorBlock {
     ggml_tensor * add(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1);
     // Zeroed memory for all of them; `what` begins the sentence when there is none.
     void allocate(ggml_backend_t backend, const char * what);
-    uint64_t n_bytes() const { return buffer_ ? ggml_backend_buffer_get_size(buffer_) : 0; }
 
   private:
     ggml_context * ctx_ = nullptr;

@@ -10,7 +10,7 @@ namespace pf {
 
 DraftCache::DraftCache(int n_layer, int64_t n_kv_row, int32_t block, int64_t ring, ggml_type type,
                        ggml_backend_t backend)
-    : block_size(block), n_ring(ring), n_slots((block + ring + 1 + 255) / 256 * 256), block_((size_t) n_layer * 2) {
+    : block_size(block), n_ring(ring), n_slots(round_up(block + ring + 1, kv_granule)), block_((size_t) n_layer * 2) {
     for (int i = 0; i < n_layer; ++i) {
         k.push_back(block_.add(type, n_kv_row, n_slots));
         v.push_back(block_.add(type, n_kv_row, n_slots));
@@ -58,6 +58,11 @@ void Drafter::load_sizes() {
         }
     }
 
+    if (f.has(key("rope.scaling.type")) && f.get_string(key("rope.scaling.type")) != "none") {
+        throw Error(PF_ERR_UNSUPPORTED, f.path() + ": rope scaling of type '" + f.get_string(key("rope.scaling.type")) +
+                                            "' is not supported");
+    }
+
     const int64_t n_embd = f.get_int(key("embedding_length"), 1, 1 << 24);
     if (n_embd != target_->n_embd) {
         mismatch("the drafter is " + std::to_string(n_embd) + " wide and the target " +
@@ -71,6 +76,11 @@ void Drafter::load_sizes() {
     if (f.get_int(key("attention.value_length"), 1, 65536, head_dim) != head_dim || n_head_ % n_head_kv != 0 ||
         head_dim % 2 != 0) {
         bad_model(f, "the dflash.attention head counts and lengths do not fit together");
+    }
+    if (f.get_int(key("rope.dimension_count"), 1, 65536, head_dim) != head_dim) {
+        throw Error(PF_ERR_UNSUPPORTED, f.path() +
+                                            ": dflash.rope.dimension_count is not the whole head; partial rotary "
+                                            "embedding is not what DFlash drafters do");
     }
     eps_ = (float) f.get_float(key("attention.layer_norm_rms_epsilon"));
     rope_base_ = (float) f.get_float(key("rope.freq_base"));
@@ -131,7 +141,7 @@ void Drafter::load_layers() {
     hidden_norm_ = w.vector("enc.output_norm.weight", n_embd);
     output_norm_ = w.vector("output_norm.weight", n_embd);
     if (w.has("token_embd.weight")) {
-        token_embd_ = w.matrix("token_embd", n_embd, target_->n_vocab).weight;
+        token_embd_ = w.embedding(n_embd, target_->n_vocab);
     }
     head_ = w.has("output.weight") ? w.matrix("output", n_embd, target_->n_vocab) : target_->output;
     for (int32_t i = 0; i < n_layer; ++i) {

@@ -29,7 +29,6 @@ class DraftCache {
 
     int64_t slot(int64_t pos) const { return block_size + pos % n_ring; }
     int64_t pad_slot() const { return block_size + n_ring; }
-    uint64_t n_bytes() const { return block_.n_bytes(); }
 
   private:
     TensorBlock block_;

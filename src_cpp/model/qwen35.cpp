@@ -64,7 +64,6 @@ class Qwen35 final : public Target {
         tap(b, n_layer, h, in, state, options, out);
         if (options.logits) {
             out.logits = b.output(b.linear(output, b.rms_norm(h, output_norm_, eps_)));
-            out.argmax = b.output(ggml_argmax(b.ctx, out.logits));
         }
     }
 

@@ -53,9 +53,9 @@ void Target::load_vocabulary() {
                             " tokens, but tensor 'token_embd.weight' has " + std::to_string(n_vocab) +
                             " rows; vocabulary and weights do not belong together");
     }
-    const Matrix embedding = weights_->matrix("token_embd", n_embd, n_vocab);
-    token_embd_ = embedding.weight;
-    output = weights_->has("output.weight") ? weights_->matrix("output", n_embd, n_vocab) : embedding;
+    token_embd_ = weights_->embedding(n_embd, n_vocab);
+    output =
+        weights_->has("output.weight") ? weights_->matrix("output", n_embd, n_vocab) : Matrix{token_embd_, nullptr};
 }
 
 void embed_rows(const ggml_tensor * table, const int32_t * ids, int64_t n, float * out) {

@@ -21,7 +21,7 @@ struct PassInputs {
     ggml_tensor * parent = nullptr;    // [N] i32
     ggml_tensor * kv_rows = nullptr;   // [N] i64, cache row of each node
     ggml_tensor * mask = nullptr;      // [n_kv, N] f16
-    ggml_tensor * ring_rows = nullptr; // [N] i64, ring slot of each node; null: no features
+    ggml_tensor * ring_rows = nullptr; // [N] i64, ring slot of each node
 };
 
 struct PassOptions {
@@ -33,7 +33,6 @@ struct PassOptions {
 
 struct PassOutputs {
     ggml_tensor * logits = nullptr;    // [n_vocab, N] f32
-    ggml_tensor * argmax = nullptr;    // [N] i32
     std::vector<ggml_tensor *> hidden; // [n_embd, N] f32 each
 };
 

@@ -24,6 +24,7 @@ void bad_model(const GgufFile & file, const std::string & what) {
 }
 
 Weights::Weights(std::shared_ptr<const GgufFile> file) : file_(std::move(file)) {
+    const ggml_backend_dev_t device = cpu_device();
     const ggml_init_params params = {ggml_tensor_overhead() * (file_->tensors().size() + 1), nullptr, true};
     ctx_ = ggml_init(params);
     if (!ctx_) {
@@ -31,7 +32,7 @@ Weights::Weights(std::shared_ptr<const GgufFile> file) : file_(std::move(file)) 
     }
     // ggml wants a non-const pointer; the mapping is read-only, and weights are only ever read.
     void * base = const_cast<uint8_t *>(file_->data());
-    buffer_ = ggml_backend_dev_buffer_from_host_ptr(cpu_device(), base, file_->size(), file_->size());
+    buffer_ = ggml_backend_dev_buffer_from_host_ptr(device, base, file_->size(), file_->size());
     if (!buffer_) {
         ggml_free(ctx_);
         throw Error(PF_ERR_INTERNAL, file_->path() + ": the backend refused the mapped file");
@@ -83,6 +84,15 @@ Matrix Weights::matrix(const std::string & name, int64_t n_in, int64_t n_out) {
         m.scale = vector(name + ".scale", 1);
     }
     return m;
+}
+
+ggml_tensor * Weights::embedding(int64_t n_embd, int64_t n_vocab) {
+    const Matrix m = matrix("token_embd", n_embd, n_vocab);
+    if (m.scale) {
+        throw Error(PF_ERR_UNSUPPORTED,
+                    file_->path() + ": tensor 'token_embd.scale': scaled embeddings are not supported");
+    }
+    return m.weight;
 }
 
 ggml_tensor * Weights::vector(const std::string & tensor, int64_t n) {

@@ -22,6 +22,8 @@ class Weights {
 
     // `name`.weight as [n_in, n_out], with `name`.scale when there is one.
     Matrix matrix(const std::string & name, int64_t n_in, int64_t n_out);
+    // token_embd.weight, [n_embd, n_vocab].
+    ggml_tensor * embedding(int64_t n_embd, int64_t n_vocab);
     bool has(const std::string & tensor) const { return file_->find(tensor) != nullptr; }
     // A full name; F32.
     ggml_tensor * vector(const std::string & tensor, int64_t n);
@@ -41,7 +43,7 @@ class Weights {
     uint64_t n_bytes_ = 0;
 };
 
-// Throws PF_ERR_FORMAT unless value is inside [lo, hi]; for sizes computed from keys.
+// Throws PF_ERR_FORMAT: `what` is wrong with the file.
 [[noreturn]] void bad_model(const GgufFile & file, const std::string & what);
 
 } // namespace pf

@@ -6,7 +6,7 @@
 #include <functional>
 #include <limits>
 
-#include "api_guard.h"
+#include "error.h"
 #include "spec/philox.h"
 
 namespace pf {

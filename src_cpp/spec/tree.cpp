@@ -10,7 +10,7 @@
 #include <cmath>
 #include <limits>
 
-#include "api_guard.h"
+#include "error.h"
 
 namespace pf {
 namespace {
