@@ -33,6 +33,7 @@ def main() -> None:
     p.add_argument("--prefixes", type=int, default=160)
     p.add_argument("--tokens", type=int, default=40)
     p.add_argument("--kv-type", default="f32")
+    p.add_argument("--n-threads", type=int, help="default: one for each core")
     p.add_argument("--allow-few", action="store_true", help="take fewer than 100 prefixes")
     p.add_argument("--json", type=Path, help="write the figures here too")
     a = p.parse_args()
@@ -40,7 +41,7 @@ def main() -> None:
         raise SystemExit("fewer than 100 prefixes say little: pass --allow-few to go on")
     prompts = prefixes(np.load(a.work / "valid.npy"), a.prefixes)
     out: dict[str, dict[str, float]] = {}
-    with Session(a.target, a.draft, kv_type=a.kv_type) as s:
+    with Session(a.target, a.draft, kv_type=a.kv_type, n_threads=a.n_threads) as s:
         options = {"max_tokens": a.tokens, "ignore_eos": True}
         plain = [s.generate(x, budget=0, **options) for x in prompts]
         looping = [loops(r.ids) for r in plain]
