@@ -20,28 +20,6 @@ from pydflash.models import target_path
 from tests.oracles import cases
 from tests.tiny_models import to_f32
 
-NEAR_TIE, the order of sums may decide, and the comparison of that prompt ends there.
-"""
-
-from __future__ import annotations
-
-import hashlib
-import json
-from collections.abc import Iterator
-from typing import Any
-
-import numpy as np
-import pytest
-
-import pydflash
-from pydflash.models import target_path
-from tests.oracles import cases
-from tests.tiny_models import to_f32
-
-pytestmark = pytest.mark.skipif(
-    not cases.LLAMACPP_FILE.exists(), reason=f"llama.cpp was never asked about this model; {cases.REMAKE}"
-)
-
 NEAR_TIE = 1e-3
 MOST_NEAR_TIES = 2  # prompts whose comparison may end early
 
