@@ -25,6 +25,7 @@ from pathlib import Path, PurePosixPath
 HERE = Path(__file__).resolve().parent
 ARCHIVE_ROOT = "vendor/llama.cpp/"  # inside the package, after its top folder
 MINIMUM_VERSION = (0, 25, 3)  # older releases accept tensor shapes whose product wraps
+MARKER = ".pydflash-fork"
 OUR_FOLDERS = ("include", "src")
 # Of upstream we take what the CPU and CUDA backends need; the other backends are never built.
 WANTED = re.compile(r"(CMakeLists\.txt|LICENSE|cmake/.+|include/.+|src/[^/]+|src/ggml-(cpu|cuda)/.+)")
@@ -228,7 +229,13 @@ def overlay(tree: Tree, ours: Path) -> None:
 
 
 def write_tree(tree: Tree, into: Path) -> None:
-    """Make the folder equal to the tree, touching only what differs, so that a rebuild compiles only that."""
+    """Make the folder equal to the tree, touching only what differs, so that a rebuild compiles only that.
+
+    What is not of the tree is removed, so the folder must be one that was made here: empty, or with our marker.
+    """
+    if into.is_dir() and any(into.iterdir()) and not (into / MARKER).is_file():
+        raise OverlayError(f"{into} holds files that are not a laid-out fork; name an empty folder, or remove it.")
+    tree = {**tree, MARKER: b"Made by fetch_upstream.py, which removes what it did not write.\n"}
     for name, content in tree.items():
         path = into / name
         if not path.is_file() or path.read_bytes() != content:

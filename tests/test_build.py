@@ -199,13 +199,21 @@ class Fork:
         fetch_upstream.lay_out(self.into, ours=self.ours, source=source, cache=self.cache)
 
     def files(self) -> dict[str, str]:
-        paths = (path for path in self.into.rglob("*") if path.is_file())
+        paths = (p for p in self.into.rglob("*") if p.is_file() and p.name != fetch_upstream.MARKER)
         return {path.relative_to(self.into).as_posix(): path.read_text() for path in paths}
 
 
 @pytest.fixture
 def fork(tmp_path: Path) -> Fork:
     return Fork(tmp_path)
+
+
+def test_a_folder_of_somebody_else_is_left_alone(fork: Fork) -> None:
+    fork.into.mkdir()
+    (fork.into / "thesis.txt").write_text("years of work")
+    with pytest.raises(fetch_upstream.OverlayError, match="name an empty folder"):
+        fork.lay_out()
+    assert (fork.into / "thesis.txt").read_text() == "years of work"
 
 
 def test_overlay_is_upstream_patched_with_our_files(fork: Fork) -> None:
