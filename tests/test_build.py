@@ -209,7 +209,7 @@ def fork(tmp_path: Path) -> Fork:
 
 
 def test_a_folder_of_somebody_else_is_left_alone(fork: Fork) -> None:
-    fork.into.mkdir()
+    fork.into.mkdir(parents=True, exist_ok=True)
     (fork.into / "thesis.txt").write_text("years of work")
     with pytest.raises(fetch_upstream.OverlayError, match="name an empty folder"):
         fork.lay_out()
