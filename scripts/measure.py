@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure a pair on held-out prompts: tokens per target pass, speed, and where drafting changes the text.
 
-    python scripts/measure.py                      # the shipped pair; about 10 minutes on 2 quiet cores
+    python scripts/measure.py                      # the shipped pair; about 5 minutes on 2 quiet cores
     python scripts/measure.py --prompts 20 --json out.json
 
 Greedy, a fixed number of tokens from each prompt of tests/data/heldout_prompts.json, in rounds that interleave the
@@ -86,7 +86,7 @@ def main() -> None:
     p.add_argument("--target", help="default: the pair that ships with pydflash")
     p.add_argument("--draft")
     p.add_argument("--prompts", type=int, default=120, help="how many (default: all 120)")
-    p.add_argument("--n-gen", type=int, default=64, help="tokens from each (default: 64)")
+    p.add_argument("--n-gen", type=int, default=40, help="tokens from each (default: 40)")
     p.add_argument("--n-threads", type=int)
     p.add_argument("--json", type=Path, help="write the figures here too")
     a = p.parse_args()
