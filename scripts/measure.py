@@ -113,16 +113,19 @@ def markdown(out: dict[str, Any], n_tokens: int) -> str:
         f"{acc['n_prompts']} held-out prompts x {n_tokens} tokens, greedy, F16 KV cache; {acc['n_looping']} of the "
         f"continuations loop and are counted apart. {platform.machine()}, Python {platform.python_version()}.",
         "",
-        "| | tokens per target pass | looping text | tokens/s | of plain | draft, build, verify, accept, commit ms |",
-        "|-|-|-|-|-|-|",
+        "| | tokens per target pass | not looping | looping | tokens/s | of plain "
+        "| draft, build, verify, accept, commit ms |",
+        "|-|-|-|-|-|-|-|",
     ]
     for way, row in acc["ways"].items():
-        accepted, looping = (
-            "-" if x is None else f"{x:.2f}" for x in (row["mean_accepted"], row["mean_accepted_looping"])
-        )
+        plain_text, looping = row["mean_accepted"], row["mean_accepted_looping"]
+        # Every prompt gave as many tokens, so passes add up by prompts.
+        parts = [(acc["n_prompts"] - acc["n_looping"], plain_text), (acc["n_looping"], looping)]
+        everything = acc["n_prompts"] / sum(n / x for n, x in parts if x)
+        shown = " | ".join("-" if x is None else f"{x:.2f}" for x in (everything, plain_text, looping))
         ms = ", ".join(f"{row['step_ms'][name]:.2f}" for name in ("draft", "build", "verify", "accept", "commit"))
         tps = row["decode_tps"]
-        lines.append(f"| {way} | {accepted} | {looping} | {tps:.0f} | {tps / plain:.2f} | {ms} |")
+        lines.append(f"| {way} | {shown} | {tps:.0f} | {tps / plain:.2f} | {ms} |")
     lines += [
         "",
         f"Where a tree of 16 nodes parts from plain decoding within {n_tokens} tokens, and by how much the target then "
