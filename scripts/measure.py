@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from train.heldout import loops
 
 import pydflash
 
@@ -33,13 +34,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree, 63 nodes": {"budget": 63},
 }
 KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
-
-
-def loops(ids: list[int], tail: int = 24, longest: int = 12) -> bool:
-    """Whether the last `tail` tokens repeat with a period of at most `longest`."""
-    return len(ids) >= tail + longest and any(
-        all(ids[-i] == ids[-i - p] for i in range(1, tail + 1)) for p in range(1, longest + 1)
-    )
 
 
 def acceptance(session: pydflash.Session, prompts: list[list[int]], n_tokens: int) -> dict[str, Any]:

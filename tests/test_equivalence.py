@@ -87,8 +87,7 @@ def test_a_drafter_of_random_weights_changes_nothing(
             assert run(session, prompt, 6, **options) == plain, f"tree, prompt {seed}"
             assert session.stats is not None
             assert session.stats.mean_accepted < 1.5
-            if seed < 10:
-                assert run(session, prompt, 3, chain=True, **options) == plain, f"chain, prompt {seed}"
+            assert run(session, prompt, 3, chain=True, **options) == plain, f"chain, prompt {seed}"
 
 
 def test_every_budget_says_the_same(exact: pydflash.Session) -> None:

@@ -73,11 +73,7 @@ def write_gguf(
         else:
             kind = gguf.GGMLQuantizationType[wanted.upper()]
             writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return Path(path)
+    return _finish(writer, path)
 
 
 def to_f32(source: Path | str, path: Path | str) -> Path:
@@ -92,6 +88,10 @@ def to_f32(source: Path | str, path: Path | str) -> Path:
     for tensor in reader.tensors:
         shape = tuple(int(n) for n in reversed(tensor.shape))
         writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+    return _finish(writer, path)
+
+
+def _finish(writer: gguf.GGUFWriter, path: Path | str) -> Path:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -83,5 +83,22 @@ def announce(work: Path) -> None:
     atexit.register(leave)
 
 
+def append_row(curve: Path, **columns: object) -> None:
+    """Adds a row to a CSV file, whose header comes with the first."""
+    with curve.open("a") as f:
+        if f.tell() == 0:
+            f.write(",".join(columns) + "\n")
+        f.write(",".join(map(str, columns.values())) + "\n")
+
+
+def save_state(checkpoint: Path, **state: object) -> None:
+    """torch.save that leaves the old file or the new one, whenever it is interrupted."""
+    import torch
+
+    part = checkpoint.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, checkpoint)
+
+
 def log(message: str) -> None:
     print(time.strftime("%H:%M:%S ") + message, flush=True)

@@ -17,4 +17,6 @@ def prefixes(valid: np.ndarray, count: int) -> list[list[int]]:
 
 def loops(ids: list[int], tail: int = 24, longest: int = 12) -> bool:
     """Whether the last `tail` tokens repeat with a period of at most `longest`."""
-    return any(all(ids[-i] == ids[-i - p] for i in range(1, tail + 1)) for p in range(1, longest + 1))
+    return len(ids) >= tail + longest and any(
+        all(ids[-i] == ids[-i - p] for i in range(1, tail + 1)) for p in range(1, longest + 1)
+    )

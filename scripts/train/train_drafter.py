@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import os
 import time
@@ -25,7 +24,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F  # noqa: N812
-from common import announce, log, parser
+from common import announce, append_row, log, parser, save_state
 from decode import empty_state, pick, step
 from drafter import DraftConfig, Drafter, walk
 from export_draft import export_draft
@@ -143,8 +142,6 @@ def run(rank: int, a, rendezvous: str) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             cases = held_out(target, np.load(a.work / "valid.npy"), a.cases, 40, c.block, c.taps)
         log(f"{sum(p.numel() for p in model.parameters())} parameters, from step {step_no}")
-        if not curve.exists():
-            curve.write_text("minutes,step,blocks,loss,chain,tree8,tree16,tree32,loop_chain,loop_tree16,lr_factor\n")
     if a.compile:
         for layer in model.layers:
             layer.compile(dynamic=True)
@@ -185,32 +182,28 @@ def run(rank: int, a, rendezvous: str) -> None:
                 + " ".join(f"{x:.2f}" for x in got["loop"])
                 + f" cases {got['count']} shards {len(shards)}"
             )
-            with curve.open("a") as f:
-                figures = [*got["plain"], got["loop"][0], got["loop"][2], factor(step_no, progress)]
-                csv.writer(f).writerow(
-                    [
-                        f"{float(now) / 60:.2f}",
-                        step_no,
-                        step_no * a.rows * a.anchors * a.procs,
-                        f"{mean:.4f}",
-                        *(f"{x:.3f}" for x in figures),
-                    ]
-                )
+            figures = dict(zip(["chain", "tree8", "tree16", "tree32"], got["plain"], strict=True))
+            figures |= {"loop_chain": got["loop"][0], "loop_tree16": got["loop"][2]}
+            append_row(
+                curve,
+                minutes=f"{float(now) / 60:.2f}",
+                step=step_no,
+                blocks=step_no * a.rows * a.anchors * a.procs,
+                loss=f"{mean:.4f}",
+                **{name: f"{x:.3f}" for name, x in figures.items()},
+                lr_factor=f"{factor(step_no, progress):.3f}",
+            )
             losses.clear()
         if rank == 0 and (done or time.time() - last_save > 180):
             last_save = time.time()
-            part = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "opt": opt.state_dict(),
-                    "config": c.to_dict(),
-                    "step": step_no,
-                    "spent": float(now),
-                },
-                part,
+            save_state(
+                checkpoint,
+                model=model.state_dict(),
+                opt=opt.state_dict(),
+                config=c.to_dict(),
+                step=step_no,
+                spent=float(now),
             )
-            os.replace(part, checkpoint)
             export_draft(model.state_dict(), c, target.c.n_vocab, a.work / "draft")
     if a.procs > 1:
         dist.barrier()

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import datetime
 import os
 import time
@@ -21,7 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from common import announce, log, parser
+from common import announce, append_row, log, parser, save_state
 from export import export_target
 from model import Target, TargetConfig
 from optim import Optimizer
@@ -103,8 +102,6 @@ def run(rank: int, a, rendezvous: str) -> None:
     next_valid, losses = 0.0, []
     if rank == 0:
         log(f"{sum(p.numel() for p in model.parameters())} parameters, {per_step} tokens a step, from step {step}")
-        if not curve.exists():
-            curve.write_text("minutes,step,tokens,train_loss,valid_loss,lr_factor\n")
     done = False
     while not done:
         now = torch.tensor([spent + time.time() - began], dtype=torch.float64)
@@ -134,33 +131,27 @@ def run(rank: int, a, rendezvous: str) -> None:
                     f"{progress:6.1%} step {step} tokens {tokens / 1e6:.2f}M train {train:.3f} valid {value:.3f} "
                     f"{(tokens) / float(now):.0f} tok/s"
                 )
-                with curve.open("a") as f:
-                    csv.writer(f).writerow(
-                        [
-                            f"{float(now) / 60:.2f}",
-                            step,
-                            tokens,
-                            f"{train:.4f}",
-                            f"{value:.4f}",
-                            f"{factor(step, progress):.3f}",
-                        ]
-                    )
+                append_row(
+                    curve,
+                    minutes=f"{float(now) / 60:.2f}",
+                    step=step,
+                    tokens=tokens,
+                    train_loss=f"{train:.4f}",
+                    valid_loss=f"{value:.4f}",
+                    lr_factor=f"{factor(step, progress):.3f}",
+                )
             losses.clear()
         if rank == 0 and (done or time.time() - last_save > 120):
             last_save = time.time()
-            part = checkpoint.with_suffix(".part")
-            torch.save(
-                {
-                    "model": model.state_dict(),
-                    "opt": opt.state_dict(),
-                    "config": model.c.to_dict(),
-                    "step": step,
-                    "tokens": tokens,
-                    "spent": float(now),
-                },
-                part,
+            save_state(
+                checkpoint,
+                model=model.state_dict(),
+                opt=opt.state_dict(),
+                config=model.c.to_dict(),
+                step=step,
+                tokens=tokens,
+                spent=float(now),
             )
-            os.replace(part, checkpoint)
             if done or time.time() - last_export > 60 * a.export_every:
                 last_export = time.time()
                 export_target(model.state_dict(), model.c, a.work / "tokenizer.json", a.work / "target-f16.gguf")
