@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-NUMPY_TYPES = {0: np.dtype(np.float32), 26: np.dtype(np.int32)}  # GGML_TYPE_F32, GGML_TYPE_I32
+NUMPY_TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 26: np.dtype(np.int32)}  # by ggml_type
 GGML_TYPES = {dtype: number for number, dtype in NUMPY_TYPES.items()}
 CPU_DEVICE = 0  # GGML_BACKEND_DEVICE_TYPE_CPU
 
@@ -65,6 +65,9 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_gated_delta_net_tree_out": (Pointer, [Pointer] * 2),
     "ggml_gated_delta_net_tree_delta": (Pointer, [Pointer] * 2),
     "ggml_gated_delta_net_tree_persist": (Pointer, [Pointer] * 6),
+    "ggml_tree_mask": (Pointer, [*[Pointer] * 3, Int64]),
+    "ggml_block_mask": (Pointer, [*[Pointer] * 2, *[Int64] * 4, ctypes.c_bool]),
+    "ggml_top_k_logp": (Pointer, [*[Pointer] * 2, ctypes.c_int]),
 }
 
 
@@ -129,7 +132,7 @@ class Graph:
         self._ggml.call("ggml_free", self._context)
 
     def tensor(self, array: np.ndarray) -> int:
-        """An input holding `array` (float32 or int32)."""
+        """An input holding `array` (float32, float16 or int32)."""
         array = np.ascontiguousarray(array)
         ne = (Int64 * array.ndim)(*reversed(array.shape))
         tensor = self._ggml.call("ggml_new_tensor", self._context, GGML_TYPES[array.dtype], array.ndim, ne)

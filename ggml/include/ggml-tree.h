@@ -1,6 +1,7 @@
-// The tree ops of this fork: recurrent layers evaluated over a tree of tokens.
+// The tree ops of this fork: recurrent layers evaluated over a tree of tokens, and what keeps a decode step on the device:
+// its attention masks and the few likeliest tokens of a row.
 //
-// Owns: the builders of three graph ops and the meaning of their operands. Refuses (GGML_ASSERT in the builder): wrong
+// Owns: the builders of six graph ops and the meaning of their operands. Refuses (GGML_ASSERT in the builder): wrong
 // types or shapes, rows whose elements are not contiguous, head sizes that are not a multiple of 16.
 //
 // A tree is given by `parent`, i32 [N]: parent[i] < i is the node before node i, -1 is the committed state. A chain is
@@ -76,6 +77,43 @@ GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_delta(struct ggml_contex
 GGML_API struct ggml_tensor * ggml_gated_delta_net_tree_persist(struct ggml_context * ctx, struct ggml_tensor * state,
                                                                 struct ggml_tensor * k, struct ggml_tensor * delta,
                                                                 struct ggml_tensor * g, struct ggml_tensor * path);
+
+// The largest k of ggml_top_k_logp.
+#define GGML_TOP_K_MAX 64
+
+// Attention mask of a pass over a tree of N nodes behind n committed tokens, whose cache rows are n .. n + N - 1. Row i:
+// columns [0, n) are open, column n + j is open iff j == i or j is an ancestor of i, everything else is closed.
+//
+//   parent      [N]         i32
+//   n_committed [1]         i32, n; read when the graph runs, and taken as the nearest number of 0 .. n_kv
+//   result      [n_kv, N]   f16, contiguous: 0 where open, -inf where closed; columns from n_kv on are left out
+GGML_API struct ggml_tensor * ggml_tree_mask(struct ggml_context * ctx, struct ggml_tensor * parent,
+                                             struct ggml_tensor * n_committed, int64_t n_kv);
+
+// Attention mask of a block of tokens drafted behind n committed ones, over a cache that holds the block's own keys in
+// columns [0, block) and those of the last n_ring committed positions in a ring behind: column block + r belongs to
+// the largest position p < n with p % n_ring == r. Row s stands at position n + s.
+//
+//   column c < block      open iff (!causal || c <= s) and (window == 0 || (s - c < window && (causal || c - s < window)))
+//   column of position p  open iff p >= 0 and (window == 0 || n + s - p < window)
+//   columns behind        closed
+//
+//   n_committed [1]            i32, n; read when the graph runs, below 0 it is taken as 0
+//   result      [n_kv, block]  f16, contiguous: 0 where open, -inf where closed; n_kv >= block
+//
+// window is 0 (none) or a number of positions; n_ring, window and block are below 2^31.
+GGML_API struct ggml_tensor * ggml_block_mask(struct ggml_context * ctx, struct ggml_tensor * n_committed, int64_t n_kv,
+                                              int64_t block, int64_t n_ring, int64_t window, bool causal);
+
+// The k likeliest tokens of each row, likeliest first, ties by the lowest id, with their log-probabilities: log-softmax
+// over the whole row.
+//
+//   logits [n_vocab, N]  contiguous; 1 <= k <= min(n_vocab, GGML_TOP_K_MAX), n_vocab < 2^31
+//   result [2 k, N]      i32: k ids, then the bits of k f32 log-probabilities
+//
+// -inf is a masked token, and one among the k has log-probability -inf; any other has a finite one. A row with NaN, with
+// +inf, or with nothing finite gives all ids -1 and all log-probabilities -inf.
+GGML_API struct ggml_tensor * ggml_top_k_logp(struct ggml_context * ctx, struct ggml_tensor * logits, int k);
 
 #ifdef __cplusplus
 }

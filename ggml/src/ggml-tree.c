@@ -1,4 +1,5 @@
-// Builders of the tree ops (ggml-tree.h). Owns: their checks and the packing of their results; computes nothing.
+// Builders of the tree ops (ggml-tree.h). Owns: their checks and the packing of their results and parameters; computes
+// nothing.
 #include "ggml-tree.h"
 
 // f32, elements of a row contiguous, at most n_dims dimensions
@@ -120,5 +121,51 @@ struct ggml_tensor * ggml_gated_delta_net_tree_persist(struct ggml_context * ctx
     result->src[2] = delta;
     result->src[3] = g;
     result->src[4] = path;
+    return result;
+}
+
+struct ggml_tensor * ggml_tree_mask(struct ggml_context * ctx, struct ggml_tensor * parent,
+                                    struct ggml_tensor * n_committed, int64_t n_kv) {
+    check_indices(parent);
+    check_indices(n_committed);
+    GGML_ASSERT(n_committed->ne[0] == 1);
+    GGML_ASSERT(n_kv >= 1);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, parent->ne[0]);
+
+    result->op = GGML_OP_TREE_MASK;
+    result->src[0] = parent;
+    result->src[1] = n_committed;
+    return result;
+}
+
+struct ggml_tensor * ggml_block_mask(struct ggml_context * ctx, struct ggml_tensor * n_committed, int64_t n_kv,
+                                     int64_t block, int64_t n_ring, int64_t window, bool causal) {
+    check_indices(n_committed);
+    GGML_ASSERT(n_committed->ne[0] == 1);
+    GGML_ASSERT(block >= 1 && block <= n_kv && block <= INT32_MAX);
+    GGML_ASSERT(n_ring >= 1 && n_ring <= INT32_MAX);
+    GGML_ASSERT(window >= 0 && window <= INT32_MAX);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_F16, n_kv, block);
+
+    result->op = GGML_OP_BLOCK_MASK;
+    result->op_params[0] = (int32_t) n_ring;
+    result->op_params[1] = (int32_t) window;
+    result->op_params[2] = causal;
+    result->src[0] = n_committed;
+    return result;
+}
+
+struct ggml_tensor * ggml_top_k_logp(struct ggml_context * ctx, struct ggml_tensor * logits, int k) {
+    check_rows(logits, 2);
+    GGML_ASSERT(ggml_is_contiguous(logits));
+    GGML_ASSERT(logits->ne[0] <= INT32_MAX);
+    GGML_ASSERT(k >= 1 && k <= GGML_TOP_K_MAX && k <= logits->ne[0]);
+
+    struct ggml_tensor * result = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2 * (int64_t) k, logits->ne[1]);
+
+    result->op = GGML_OP_TOP_K_LOGP;
+    result->src[0] = logits;
     return result;
 }

@@ -1,4 +1,4 @@
-// The tree ops of ggml-tree.h on the CPU.
+// The tree ops of ggml-tree.h on the CPU: the recurrent ones here, those of step-ops.h by call.
 //
 // Owns: the order of the computation and how threads share it. Threads take ranges of (value head, 16 value columns),
 // which never meet before the results, and each sums in an order that does not depend on the range: results are the
@@ -7,7 +7,9 @@
 #include "tree-ops.h"
 
 #include "ggml-tree.h"
+#include "step-ops.h"
 #include "tree-gemm.h"
+#include "tree-work.h"
 
 #include <algorithm>
 #include <cmath>
@@ -20,41 +22,6 @@ constexpr float kNoDecayLeft = 1e-30f;
 constexpr int64_t kColumns = 16;  // value columns are shared out in blocks of this many
 constexpr int kRun = 32;          // nodes of a run of a long chain: a fifth faster than 64 at d = 32, 6% at d = 128
 constexpr int kLongRowNodes = 16; // up to this many nodes, walking the state in long rows is the faster update
-
-int64_t pad(int64_t n, int64_t to) {
-    return (n + to - 1) / to * to;
-}
-
-struct Range {
-    int64_t begin, end;
-};
-
-Range thread_share(const ggml_compute_params * params, int64_t n) {
-    return {n * params->ith / params->nth, n * (params->ith + 1) / params->nth};
-}
-
-// Hands out 64-byte aligned pieces of one thread's work memory. With base == nullptr it only counts.
-struct Scratch {
-    char * base;
-    size_t used = 0;
-
-    template <typename T>
-    T * take(int64_t n) {
-        T * piece = base ? (T *) (base + used) : nullptr;
-        used += pad(n * sizeof(T), 64);
-        return piece;
-    }
-};
-
-Scratch scratch_of(const ggml_compute_params * params, size_t bytes_per_thread) {
-    char * aligned = (char *) pad((int64_t) (uintptr_t) params->wdata, 64);
-    GGML_ASSERT(aligned + bytes_per_thread * params->nth <= (char *) params->wdata + params->wsize);
-    return {aligned + bytes_per_thread * params->ith};
-}
-
-float * row_of(const ggml_tensor * t, int64_t i1, int64_t i2 = 0) {
-    return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2]);
-}
 
 // ---------------------------------------------------------------------------------------------- ggml_ssm_conv_tree
 
@@ -464,6 +431,11 @@ size_t ggml_tree_op_work_size(const ggml_tensor * node, int n_tasks) {
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         PersistWork(count, node);
         break;
+    case GGML_OP_TREE_MASK:
+    case GGML_OP_BLOCK_MASK:
+        break;
+    case GGML_OP_TOP_K_LOGP:
+        return ggml_top_k_logp_work_size(node) + 64;
     default:
         GGML_ABORT("not a tree op: %s", ggml_op_name(node->op));
     }
@@ -480,6 +452,15 @@ void ggml_compute_forward_tree_op(const ggml_compute_params * params, ggml_tenso
         break;
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         delta_net_tree_persist(params, dst);
+        break;
+    case GGML_OP_TREE_MASK:
+        ggml_compute_forward_tree_mask(params, dst);
+        break;
+    case GGML_OP_BLOCK_MASK:
+        ggml_compute_forward_block_mask(params, dst);
+        break;
+    case GGML_OP_TOP_K_LOGP:
+        ggml_compute_forward_top_k_logp(params, dst);
         break;
     default:
         GGML_ABORT("not a tree op: %s", ggml_op_name(dst->op));
