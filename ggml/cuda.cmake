@@ -55,5 +55,6 @@ set(CMAKE_CUDA_RUNTIME_LIBRARY Shared) # upstream links the shared one; two runt
 
 set(GGML_CUDA ON)
 set(GGML_CUDA_FA ON)
+set(GGML_CUDA_FA_QUANTS "f16-f16;q8_0-q8_0;q4_0-q4_0") # the KV types there are; a mixed pair goes by way of f16
 set(GGML_CUDA_GRAPHS ON) # shapes repeat from step to step, so that graphs replay
 set(GGML_CUDA_NCCL OFF) # one GPU
