@@ -4,9 +4,11 @@ with pydflash.Session() as session:
     print(session.generate("def fibonacci(n):").text)
 """
 
+from pydflash.device import DeviceInfo, device_info
 from pydflash.errors import (
     ArgumentError,
     ContextFullError,
+    DeviceError,
     DraftMismatchError,
     InternalError,
     ModelFileError,
@@ -27,6 +29,8 @@ __all__ = [
     "ArgumentError",
     "Chunk",
     "ContextFullError",
+    "DeviceError",
+    "DeviceInfo",
     "DraftMismatchError",
     "InternalError",
     "ModelFileError",
@@ -40,4 +44,5 @@ __all__ = [
     "Tokenizer",
     "UnknownOptionError",
     "UnsupportedModelError",
+    "device_info",
 ]

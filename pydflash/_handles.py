@@ -13,12 +13,17 @@ PathLike = str | os.PathLike[str]
 
 
 class Handles:
-    """Target, drafter and session, freed in the opposite order."""
+    """Target, drafter and session on one device ("cpu" or "cuda"), freed in the opposite order."""
 
-    def __init__(self, target: Path, draft: Path | None, params: Any) -> None:
+    def __init__(self, target: Path, draft: Path | None, params: Any, device: str) -> None:
         self._owned: list[tuple[Any, Any]] = []
         try:
-            model = self._own("pf_model", lib.pf_model_free, lambda out: lib.pf_model_open(c_path(target), out), target)
+            model = self._own(
+                "pf_model",
+                lib.pf_model_free,
+                lambda out: lib.pf_model_open(c_path(target), device.encode(), out),
+                target,
+            )
             info = ffi.new("pf_model_info *", {"size": ffi.sizeof("pf_model_info")})
             check(lib.pf_model_get_info(model, info))
             self.n_vocab, self.n_embd, self.n_layer = int(info.n_vocab), int(info.n_embd), int(info.n_layer)

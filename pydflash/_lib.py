@@ -13,6 +13,7 @@ from typing import Any
 from pydflash.errors import (
     ArgumentError,
     ContextFullError,
+    DeviceError,
     DraftMismatchError,
     InternalError,
     ModelFileError,
@@ -43,6 +44,7 @@ _ERRORS: dict[int, type[PydflashError]] = {
     lib.PF_ERR_MEMORY: OutOfMemoryError,
     lib.PF_ERR_CONTEXT: ContextFullError,
     lib.PF_ERR_STATE: StateError,
+    lib.PF_ERR_DEVICE: DeviceError,
 }
 
 

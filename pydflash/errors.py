@@ -77,6 +77,10 @@ class ContextFullError(PydflashError):
         self.free = free
 
 
+class DeviceError(PydflashError):
+    """A device that is not there, or cannot be used; the sentence says why."""
+
+
 class StateError(PydflashError, RuntimeError):
     """A call that makes no sense now: the session is closed, or another call has taken its timeline."""
 

@@ -82,13 +82,6 @@ def stops(value: Stop, n_vocab: int) -> tuple[list[str], list[int]]:
     return texts, token_ids("stop", [item for item in items if not isinstance(item, str)], n_vocab)
 
 
-def check_device(device: str) -> None:
-    """Only the CPU, in this build."""
-    if device == "cuda":
-        raise ArgumentError("device is 'cuda', but this build has no CUDA backend; use 'auto' or 'cpu'")
-    one_of("device", device, ("auto", "cpu"))
-
-
 def session_params(*, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None) -> Any:
     """A filled pf_session_params."""
     params = ffi.new("pf_session_params *")

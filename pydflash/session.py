@@ -21,6 +21,7 @@ from pydflash import options
 from pydflash._handles import Handles, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
 from pydflash._text import TextStream
+from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
     ContextFullError,
@@ -60,7 +61,8 @@ class Session:
     kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V.
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding.
     chain: draft one line of tokens instead of a tree.
-    device: "auto" or "cpu".
+    device: "cpu", "cuda", or "auto": "cuda" where that can be had, else "cpu"; see `pydflash.device_info`. Afterwards
+        the attribute says which of the two it is.
     n_batch: tokens a prefill pass evaluates at once, 64 to 4096 in steps of 64.
     n_ring: committed positions the drafter can attend to.
     n_threads: None: one for each core this process may use.
@@ -68,7 +70,8 @@ class Session:
     Calls from several threads wait for one another; `cancel` is for those that cannot. A stream is one call a chunk:
     `generate`, `stream`, `logits` and the like replace the timeline, and a stream of before then raises StateError.
 
-    Raises ModelFileError, ModelFormatError, UnsupportedModelError, DraftMismatchError, OutOfMemoryError, ArgumentError.
+    Raises ModelFileError, ModelFormatError, UnsupportedModelError, DraftMismatchError, OutOfMemoryError, DeviceError,
+    ArgumentError.
     """
 
     @checked_options
@@ -86,7 +89,7 @@ class Session:
         n_ring: int = 4096,
         n_threads: int | None = None,
     ) -> None:
-        options.check_device(device)
+        self.device = choose(device)
         params = options.session_params(
             n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads
         )
@@ -103,7 +106,8 @@ class Session:
             target = models.target_path()
             draft = models.draft_path() if draft is None else draft
         target = target_file(target)
-        self._core = Handles(target, None if draft is None else draft_file(draft), params)
+        draft = None if draft is None else draft_file(draft)
+        self._core = Handles(target, draft, params, self.device)
         self._finalizer = weakref.finalize(self, self._core.free)
         self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
         self.n_vocab = self._core.n_vocab

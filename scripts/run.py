@@ -43,6 +43,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         metavar="TYPE",
         help="f32, f16 (default), q8_0 or q4_0, or a pair for K and V: q8_0,q4_0",
     )
+    parser.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu or cuda")
     parser.add_argument("--n-ctx", type=int, metavar="N", help="context in tokens (default: as trained, at most 4096)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
@@ -90,6 +91,7 @@ def open_session(options: argparse.Namespace) -> pydflash.Session:
         kv_type=(k, v) if comma else k,
         budget=16 if options.budget is None else options.budget,
         chain=options.chain,
+        device=options.device,
     )
 
 

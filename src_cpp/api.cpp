@@ -6,6 +6,7 @@
 #include <memory>
 
 #include "api_guard.h"
+#include "backend.h"
 #include "ggml.h"
 #include "session.h"
 
@@ -70,12 +71,33 @@ const char * pf_last_error(void) {
     return last_error;
 }
 
+// ---- devices -----------------------------------------------------------------------------------------------------
+
+int pf_device_get_info(const char * name, pf_device_info * out) {
+    return pf::guard([&] {
+        check_result(out);
+        const std::string wanted = name ? name : "auto";
+        ggml_backend_dev_t device = pf::find_device(wanted);
+        pf_device_info info = {};
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(device, &free, &total);
+        info.is_cuda = device != pf::cpu_device();
+        info.n_bytes = total;
+        info.n_free = free;
+        std::snprintf(info.name, sizeof(info.name), "%s", ggml_backend_dev_description(device));
+        if (wanted == "auto") {
+            std::snprintf(info.why_cpu, sizeof(info.why_cpu), "%s", pf::why_auto_is_cpu().c_str());
+        }
+        write_result(info, out);
+    });
+}
+
 // ---- models ------------------------------------------------------------------------------------------------------
 
-int pf_model_open(const char * path, pf_model ** out) {
+int pf_model_open(const char * path, const char * device, pf_model ** out) {
     return pf::guard([&] {
         pf::require(path && out, "pf_model_open: path and out must not be null");
-        *out = new pf_model{pf::Target::open(path)};
+        *out = new pf_model{pf::Target::open(path, pf::find_device(device ? device : "auto"))};
     });
 }
 

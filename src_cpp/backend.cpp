@@ -102,7 +102,85 @@ ggml_backend_reg_t cpu_reg() {
     return reg;
 }
 
+struct Cuda {
+    ggml_backend_dev_t device = nullptr; // null: none to be had
+    std::string reason;                  // why not
+    bool installed = false;
+};
+
+Cuda load_cuda() {
+    Cuda cuda;
+    const fs::path path = own_folder() / "libpydflash-ggml-cuda.so";
+    std::error_code ignored;
+    if (!fs::exists(path, ignored)) {
+        cuda.reason = "this pydflash was built without its CUDA backend; 'python scripts/build_cuda.py' builds it";
+        return cuda;
+    }
+    cuda.installed = true;
+    // Loaded by hand first: ggml keeps the loader's words to itself.
+    const Handle handle(dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL));
+    if (!handle) {
+        const char * words = dlerror();
+        const std::string said = words ? words : path.string();
+        cuda.reason =
+            "the CUDA backend cannot be loaded: " + said +
+            (said.rfind("libcuda.so", 0) == 0 ? "; that library comes with NVIDIA's driver"
+                                              : "; the libraries it needs come with 'pip install pydflash[cuda]'");
+        return cuda;
+    }
+    take_ggml_log();
+    ggml_backend_reg_t reg = ggml_backend_load(path.c_str());
+    const std::string log = take_ggml_log();
+    if (!reg) {
+        cuda.reason = "the CUDA backend " + path.string() + " does not fit this libpydflash; build both again. " + log;
+        return cuda;
+    }
+    if (ggml_backend_reg_dev_count(reg) == 0) {
+        cuda.reason = "the CUDA backend found no device" + (log.empty() ? "" : ": " + log);
+        return cuda;
+    }
+    ggml_backend_dev_t device = ggml_backend_reg_dev_get(reg, 0);
+    // A library holds code for the architectures it was compiled for, and an unfit one would end the process later.
+    using Unfit = const char * (*)(int);
+    const auto unfit = reinterpret_cast<Unfit>(dlsym(handle.get(), "pydflash_cuda_unfit"));
+    const char * words = unfit ? unfit(0) : nullptr;
+    if (words) {
+        cuda.reason = std::string("the CUDA backend was not compiled for this machine's ") +
+                      ggml_backend_dev_description(device) + " (" + words +
+                      "); build it again with PYDFLASH_CUDA_ARCHITECTURES set to what this card is";
+        return cuda;
+    }
+    cuda.device = device;
+    return cuda;
+}
+
+const Cuda & cuda() {
+    static const Cuda loaded = load_cuda();
+    return loaded;
+}
+
 } // namespace
+
+ggml_backend_dev_t find_device(const std::string & name) {
+    if (name == "cpu" || (name == "auto" && !cuda().device)) {
+        return cpu_device();
+    }
+    if (name != "auto" && name != "cuda") {
+        throw Error(PF_ERR_ARGUMENT, "the device is '" + name + "'; it must be auto, cpu or cuda");
+    }
+    if (!cuda().device) {
+        throw Error(PF_ERR_DEVICE, "device is 'cuda', but " + cuda().reason);
+    }
+    return cuda().device;
+}
+
+std::string why_auto_is_cpu() {
+    return cuda().installed ? cuda().reason : "";
+}
+
+bool is_host(ggml_backend_dev_t device) {
+    return ggml_backend_buft_is_host(ggml_backend_dev_buffer_type(device));
+}
 
 ggml_backend_dev_t cpu_device() {
     return ggml_backend_reg_dev_get(cpu_reg(), 0);

@@ -28,7 +28,19 @@ int available_cores() {
     return 1;
 }
 
-Compute::Compute(int n_threads, size_t max_nodes) : max_nodes_(max_nodes) {
+Compute::Compute(ggml_backend_dev_t device, int n_threads, size_t max_nodes) : max_nodes_(max_nodes) {
+    backend_.reset(ggml_backend_dev_init(device, nullptr));
+    if (!backend_) {
+        throw Error(PF_ERR_MEMORY, std::string("the backend of ") + ggml_backend_dev_description(device) +
+                                       " did not start. " + take_ggml_log());
+    }
+    allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
+    if (ggml_backend_dev_type(device) == GGML_BACKEND_DEVICE_TYPE_CPU) {
+        start_threads(n_threads);
+    }
+}
+
+void Compute::start_threads(int n_threads) {
     if (n_threads == 0) {
         n_threads = available_cores();
     }
@@ -40,11 +52,9 @@ Compute::Compute(int n_threads, size_t max_nodes) : max_nodes_(max_nodes) {
     // Threads of our own that stay: without a pool the backend would start and join threads in every step.
     ggml_threadpool_params params = ggml_threadpool_params_default(n_threads);
     threadpool_ = {new_pool(&params), GgmlRelease{free_pool}};
-    backend_.reset(ggml_backend_dev_init(cpu_device(), nullptr));
-    if (!threadpool_ || !backend_) {
+    if (!threadpool_) {
         throw Error(PF_ERR_MEMORY, "the CPU backend did not start " + std::to_string(n_threads) + " threads");
     }
-    allocator_.reset(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_.get())));
     set_n_threads(backend_.get(), n_threads);
     set_pool(backend_.get(), threadpool_.get());
 }

@@ -38,8 +38,8 @@ struct GgmlRelease {
 
 class Compute {
   public:
-    // n_threads 0: one per core this process may run on. max_nodes: of any graph that will be built.
-    Compute(int n_threads, size_t max_nodes);
+    // n_threads, of the CPU only; 0: one per core this process may run on. max_nodes: of any graph that will be built.
+    Compute(ggml_backend_dev_t device, int n_threads, size_t max_nodes);
     Compute(const Compute &) = delete;
     Compute & operator=(const Compute &) = delete;
 
@@ -64,6 +64,7 @@ class Compute {
     void drop_graphs();      // needed when a tensor that graphs refer to is replaced
 
   private:
+    void start_threads(int n_threads);
     void start(Graph & graph) const;
     void place(Graph & graph);
 

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define PF_ABI_VERSION 1
+#define PF_ABI_VERSION 2
 #define PF_MAX_NODES 64 /* tree nodes a verify pass can hold, the root included */
 
 enum {
@@ -41,7 +41,8 @@ enum {
     PF_ERR_MEMORY = 6,      /* an allocation that did not fit */
     PF_ERR_CONTEXT = 7,     /* n_ctx is used up */
     PF_ERR_STATE = 8,       /* calls in an order that cannot be */
-    PF_ERR_INTERNAL = 9     /* a bug of ours, or the backend failed */
+    PF_ERR_INTERNAL = 9,    /* a bug of ours, or the backend failed */
+    PF_ERR_DEVICE = 10      /* a device that is not there, or cannot be used; the sentence says why */
 };
 
 PF_API int pf_abi_version(void);
@@ -85,6 +86,21 @@ PF_API int64_t pf_row_size(int type, int64_t n_per_row); /* bytes; -1 when the t
 PF_API int pf_quantize(int type, const float * src, int64_t n_per_row, int64_t n_rows, void * dst, uint64_t dst_size);
 PF_API int pf_dequantize(int type, const void * src, uint64_t src_size, int64_t n_values, float * dst);
 
+/* ---- devices ------------------------------------------------------------------------------------------------- */
+
+typedef struct pf_device_info {
+    uint32_t size;
+    int32_t is_cuda;    /* 0: the CPU */
+    uint64_t n_bytes;   /* of its memory */
+    uint64_t n_free;    /* of those, now */
+    char name[128];     /* as its maker calls it */
+    char why_cpu[1024]; /* for "auto": why it is the CPU though a CUDA backend is installed, else empty */
+} pf_device_info;
+
+/* "cpu", "cuda" (the first CUDA device; CUDA_VISIBLE_DEVICES chooses among several), or "auto": "cuda" where that can be
+ * had, else "cpu". PF_ERR_DEVICE when "cuda" cannot be had. NULL stands for "auto". */
+PF_API int pf_device_get_info(const char * device, pf_device_info * out);
+
 /* ---- models -------------------------------------------------------------------------------------------------- */
 
 typedef struct pf_model pf_model;
@@ -111,10 +127,12 @@ typedef struct pf_draft_info {
     uint64_t n_bytes;
 } pf_draft_info;
 
-PF_API int pf_model_open(const char * path, pf_model ** out);
+/* Sessions live where their target does. On the CPU weights are the mapped file; a CUDA device gets a copy, and what does
+ * not fit into its free memory is refused (PF_ERR_MEMORY) before anything is copied. */
+PF_API int pf_model_open(const char * path, const char * device, pf_model ** out);
 PF_API void pf_model_free(pf_model * model);
 PF_API int pf_model_get_info(const pf_model * model, pf_model_info * out);
-/* The drafter is checked against the target it will serve: width, vocabulary, tapped layers. */
+/* The drafter is checked against the target it will serve: width, vocabulary, tapped layers. It goes where the target is. */
 PF_API int pf_draft_open(const char * path, const pf_model * target, pf_draft ** out);
 PF_API void pf_draft_free(pf_draft * draft);
 PF_API int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out);

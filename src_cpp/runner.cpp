@@ -80,7 +80,7 @@ struct Runner::DraftGraph : Graph {
 
 Runner::Runner(const Target & target, const Drafter * drafter, const pf_session_params & params)
     : target_(target), drafter_(drafter), max_nodes_(std::max(params.n_batch, PF_MAX_NODES)),
-      compute_(params.n_threads, max_graph_nodes(target, drafter)),
+      compute_(target.device(), params.n_threads, max_graph_nodes(target, drafter)),
       state_(target.state_shape, state_params(drafter, params), compute_.backend()),
       mask_(state_.n_rows * max_nodes_, compute_.backend()) {
     if (drafter_) {

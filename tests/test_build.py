@@ -27,6 +27,7 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(_pydflash.__file__).parent
 LIBRARIES = sorted(PACKAGE.glob("*.so"))
+CUDA = PACKAGE / "libpydflash-ggml-cuda.so"
 
 
 def load_script(path: Path) -> ModuleType:
@@ -61,7 +62,8 @@ def test_library_exports_exactly_what_the_header_declares() -> None:
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)
 def test_libraries_find_each_other_and_nobody_elses(library: Path) -> None:
     dynamic = output_of("readelf", "-d", library)
-    assert re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic) == ["$ORIGIN"]
+    packages = ":$ORIGIN/../nvidia/cu13/lib" if library == CUDA else ""
+    assert re.findall(r"\((?:RPATH|RUNPATH)\).*\[(.*)\]", dynamic) == ["$ORIGIN" + packages]
     needed = re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic)
     ours = [name for name in needed if "ggml" in name or "pydflash" in name]
     assert ours or library.name == "libpydflash-ggml-base.so"
@@ -76,7 +78,7 @@ def test_package_holds_no_other_binaries_or_headers() -> None:
     fixed = {"_core.abi3.so", "libpydflash.so", "libpydflash-ggml.so", "libpydflash-ggml-base.so"}
     assert fixed <= files
     assert files - fixed
-    assert all(re.fullmatch(r"libpydflash-ggml-cpu(-\w+)?\.so", name) for name in files - fixed)
+    assert all(re.fullmatch(r"libpydflash-ggml-cpu(-\w+)?\.so", name) for name in files - fixed - {CUDA.name})
 
 
 def test_compiled_parts_import_from_the_repository_root() -> None:
@@ -117,7 +119,7 @@ def test_backend_of_another_ggml_is_refused(tmp_path: Path) -> None:
 OPEN_A_MODEL = """
 import sys, _pydflash
 out = _pydflash.ffi.new("pf_model **")
-if _pydflash.lib.pf_model_open(sys.argv[1].encode(), out):
+if _pydflash.lib.pf_model_open(sys.argv[1].encode(), b"cpu", out):
     sys.exit(_pydflash.ffi.string(_pydflash.lib.pf_last_error()).decode())
 print({line.split()[-1] for line in open("/proc/self/maps") if "libpydflash-ggml-cpu" in line})
 """

@@ -315,7 +315,6 @@ def test_wrong_run_options(options: dict[str, Any], sentence: str, tiny_session:
         ({"kv_type": ("f16",)}, "a pair of them"),
         ({"kv_type": 3}, "kv_type is 3"),
         ({"budget": 99}, "budget is 99"),
-        ({"device": "cuda"}, "no CUDA backend"),
         ({"device": "gpu"}, "device is 'gpu'"),
         ({"n_batch": 100}, "multiple of 64"),
         ({"n_batch": 8192}, "n_batch is 8192"),

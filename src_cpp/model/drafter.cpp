@@ -25,13 +25,14 @@ std::shared_ptr<const Drafter> Drafter::open(const std::string & path, std::shar
         throw Error(PF_ERR_UNSUPPORTED,
                     path + ": architecture '" + name + "' is not a drafter this runtime runs (dflash)");
     }
-    return std::shared_ptr<const Drafter>(new Drafter(std::make_unique<Weights>(file), std::move(target)));
+    return std::shared_ptr<const Drafter>(new Drafter(std::make_unique<Weights>(file, target->device()), target));
 }
 
 Drafter::Drafter(std::unique_ptr<Weights> weights, std::shared_ptr<const Target> target)
     : weights_(std::move(weights)), target_(std::move(target)) {
     load_sizes();
     load_layers();
+    weights_->upload();
 }
 
 void Drafter::load_sizes() {

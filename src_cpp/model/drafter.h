@@ -49,7 +49,7 @@ struct DraftInputs {
 
 class Drafter {
   public:
-    // Throws PF_ERR_MISMATCH when it does not belong to the target.
+    // On the target's device. Throws PF_ERR_MISMATCH when it does not belong to the target.
     static std::shared_ptr<const Drafter> open(const std::string & path, std::shared_ptr<const Target> target);
 
     int32_t n_layer = 0;

@@ -46,6 +46,7 @@ class Qwen35 final : public Target {
         load_sizes();
         load_vocabulary();
         load_layers();
+        weights_->upload();
     }
 
     void build_pass(const GraphBuilder & b, const PassInputs & in, const CommitInputs & commit, const State & state,

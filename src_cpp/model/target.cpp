@@ -21,13 +21,13 @@ const Architecture registry[] = {
 
 } // namespace
 
-std::shared_ptr<const Target> Target::open(const std::string & path) {
+std::shared_ptr<const Target> Target::open(const std::string & path, ggml_backend_dev_t device) {
     std::shared_ptr<const GgufFile> file = GgufFile::open(path);
     const std::string name = file->get_string("general.architecture");
     std::string known;
     for (const Architecture & a : registry) {
         if (name == a.name) {
-            return a.open(std::make_unique<Weights>(file));
+            return a.open(std::make_unique<Weights>(file, device));
         }
         known += std::string(known.empty() ? "" : ", ") + a.name;
     }
@@ -54,8 +54,7 @@ void Target::load_vocabulary() {
                             " rows; vocabulary and weights do not belong together");
     }
     token_embd_ = weights_->embedding(n_embd, n_vocab);
-    output =
-        weights_->has("output.weight") ? weights_->matrix("output", n_embd, n_vocab) : Matrix{token_embd_, nullptr};
+    output = weights_->matrix(weights_->has("output.weight") ? "output" : "token_embd", n_embd, n_vocab);
 }
 
 void embed_rows(const ggml_tensor * table, const int32_t * ids, int64_t n, float * out) {

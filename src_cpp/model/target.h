@@ -38,7 +38,8 @@ struct PassOutputs {
 
 class Target {
   public:
-    static std::shared_ptr<const Target> open(const std::string & path);
+    // On a device of find_device(). Throws before weights are loaded when they do not fit there.
+    static std::shared_ptr<const Target> open(const std::string & path, ggml_backend_dev_t device);
     virtual ~Target() = default;
 
     int32_t n_vocab = 0;
@@ -50,6 +51,7 @@ class Target {
 
     const ggml_tensor * token_embd() const { return token_embd_; } // [n_embd, n_vocab], stays on the host
     const Weights & weights() const { return *weights_; }
+    ggml_backend_dev_t device() const { return weights_->device(); }
 
     virtual void build_pass(const GraphBuilder & b, const PassInputs & in, const CommitInputs & commit,
                             const State & state, const PassOptions & options, PassOutputs & out) const = 0;

@@ -1,0 +1,230 @@
+// A device for tests: it computes with the CPU backend, on memory of its own that nobody else can touch.
+//
+// Stands in for libpydflash-ggml-cuda.so, to show on a machine without a GPU that a session runs on a device whose memory
+// is not the host's. All of that memory is inaccessible except while ggml copies into it, out of it, or computes: one
+// read or write through tensor->data anywhere else ends the process. Bytes and calls that cross are counted.
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <set>
+
+#include "ggml-backend-impl.h"
+
+namespace {
+
+struct Traffic {
+    uint64_t set_calls, set_bytes, get_calls, get_bytes, graphs, allocations, allocated_bytes;
+} traffic;
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+struct Memory {
+    void * base;
+    size_t size;
+};
+std::set<Memory *> memories;
+
+struct Unlocked {
+    Unlocked() { protect(PROT_READ | PROT_WRITE); }
+    ~Unlocked() { protect(PROT_NONE); }
+    static void protect(int access) {
+        for (const Memory * m : memories) {
+            if (mprotect(m->base, m->size, access) != 0) {
+                abort();
+            }
+        }
+    }
+};
+
+Memory * memory(ggml_backend_buffer_t buffer) {
+    return static_cast<Memory *>(buffer->context);
+}
+
+void free_buffer(ggml_backend_buffer_t buffer) {
+    munmap(memory(buffer)->base, memory(buffer)->size);
+    memories.erase(memory(buffer));
+    delete memory(buffer);
+}
+
+void * get_base(ggml_backend_buffer_t buffer) {
+    return memory(buffer)->base;
+}
+
+void memset_tensor(ggml_backend_buffer_t, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    const Unlocked unlocked;
+    memset(static_cast<char *>(t->data) + offset, value, size);
+}
+
+void set_tensor(ggml_backend_buffer_t, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    const Unlocked unlocked;
+    memcpy(static_cast<char *>(t->data) + offset, data, size);
+    ++traffic.set_calls;
+    traffic.set_bytes += size;
+}
+
+void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    const Unlocked unlocked;
+    memcpy(data, static_cast<const char *>(t->data) + offset, size);
+    ++traffic.get_calls;
+    traffic.get_bytes += size;
+}
+
+void clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    const Unlocked unlocked;
+    memset(memory(buffer)->base, value, memory(buffer)->size);
+}
+
+size_t free_bytes() {
+    const char * mib = getenv("FAKE_CUDA_FREE_MIB");
+    return (mib ? strtoull(mib, nullptr, 10) : 1024) << 20;
+}
+
+const char * buffer_type_name(ggml_backend_buffer_type_t) {
+    return "Fake";
+}
+
+ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size) {
+    const size_t whole = (size + 4096) / 4096 * 4096;
+    void * base = mmap(nullptr, whole, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (base == MAP_FAILED || size > free_bytes()) {
+        return nullptr;
+    }
+    auto * m = new Memory{base, whole};
+    memories.insert(m);
+    ++traffic.allocations;
+    traffic.allocated_bytes += size;
+    ggml_backend_buffer_i iface = {};
+    iface.free_buffer = free_buffer;
+    iface.get_base = get_base;
+    iface.memset_tensor = memset_tensor;
+    iface.set_tensor = set_tensor;
+    iface.get_tensor = get_tensor;
+    iface.clear = clear;
+    return ggml_backend_buffer_init(type, iface, m, size);
+}
+
+size_t alignment(ggml_backend_buffer_type_t) {
+    return 128; // as CUDA's
+}
+
+// ---- the backend -------------------------------------------------------------------------------------------------
+
+ggml_backend_t cpu(ggml_backend_t backend) {
+    return static_cast<ggml_backend_t>(backend->context);
+}
+
+const char * backend_name(ggml_backend_t) {
+    return "Fake";
+}
+
+void free_backend(ggml_backend_t backend) {
+    ggml_backend_free(cpu(backend));
+    delete backend;
+}
+
+ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
+    const Unlocked unlocked;
+    ++traffic.graphs;
+    return ggml_backend_graph_compute(cpu(backend), graph);
+}
+
+// ---- the device --------------------------------------------------------------------------------------------------
+
+ggml_backend_dev_t cpu_device() {
+    return ggml_backend_dev_by_type(GGML_BACKEND_DEVICE_TYPE_CPU);
+}
+
+const char * device_name(ggml_backend_dev_t) {
+    return "CUDA0";
+}
+
+const char * device_description(ggml_backend_dev_t) {
+    return "Fake GPU";
+}
+
+void device_memory(ggml_backend_dev_t, size_t * free, size_t * total) {
+    *free = free_bytes();
+    *total = size_t{2048} << 20;
+}
+
+enum ggml_backend_dev_type device_type(ggml_backend_dev_t) {
+    return GGML_BACKEND_DEVICE_TYPE_GPU;
+}
+
+void device_props(ggml_backend_dev_t device, ggml_backend_dev_props * props) {
+    *props = {};
+    props->name = device_name(device);
+    props->description = device_description(device);
+    props->type = device_type(device);
+    device_memory(device, &props->memory_free, &props->memory_total);
+}
+
+ggml_backend_t init_backend(ggml_backend_dev_t device, const char *) {
+    static uint8_t guid[16] = "a fake CUDA one";
+    ggml_backend_i iface = {};
+    iface.get_name = backend_name;
+    iface.free = free_backend;
+    iface.graph_compute = graph_compute;
+    return new ggml_backend{&guid, iface, device, ggml_backend_dev_init(cpu_device(), nullptr)};
+}
+
+ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
+    static ggml_backend_buffer_type type = {
+        {buffer_type_name, alloc_buffer, alignment, nullptr, nullptr, nullptr}, device, nullptr};
+    return &type;
+}
+
+bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
+    return ggml_backend_dev_supports_op(cpu_device(), op);
+}
+
+bool supports_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {
+    return type == buffer_type(device);
+}
+
+// ---- the registry ------------------------------------------------------------------------------------------------
+
+const char * registry_name(ggml_backend_reg_t) {
+    return "CUDA";
+}
+
+size_t device_count(ggml_backend_reg_t) {
+    return getenv("FAKE_CUDA_NO_DEVICE") ? 0 : 1;
+}
+
+ggml_backend_dev_t get_device(ggml_backend_reg_t registry, size_t) {
+    static ggml_backend_device device = {{}, registry, nullptr};
+    ggml_backend_device_i & iface = device.iface;
+    iface.get_name = device_name;
+    iface.get_description = device_description;
+    iface.get_memory = device_memory;
+    iface.get_type = device_type;
+    iface.get_props = device_props;
+    iface.init_backend = init_backend;
+    iface.get_buffer_type = buffer_type;
+    iface.supports_op = supports_op;
+    iface.supports_buft = supports_buffer_type;
+    return &device;
+}
+
+void * get_proc_address(ggml_backend_reg_t, const char *) {
+    return nullptr;
+}
+
+} // namespace
+
+extern "C" ggml_backend_reg_t ggml_backend_init() {
+    static ggml_backend_reg registry = {
+        GGML_BACKEND_API_VERSION, {registry_name, device_count, get_device, get_proc_address}, nullptr};
+    return &registry;
+}
+
+extern "C" const char * pydflash_cuda_unfit(int) {
+    return getenv("FAKE_CUDA_UNFIT");
+}
+
+extern "C" void fake_cuda_traffic(Traffic * out) {
+    *out = traffic;
+}
