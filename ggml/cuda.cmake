@@ -8,7 +8,6 @@ if(PYDFLASH_SANITIZE)
 endif()
 
 set(cuda_packages "nvidia/cu13/lib") # below site-packages
-set(cuda_libraries "")
 if(NOT CUDAToolkit_ROOT AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
     set(find_toolchain "${Python_EXECUTABLE}" "${PROJECT_SOURCE_DIR}/scripts/cuda_toolchain.py")
     execute_process(COMMAND ${find_toolchain}
@@ -16,8 +15,6 @@ if(NOT CUDAToolkit_ROOT AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX}
     find_program(PYDFLASH_NVCC nvcc)
     if(NOT failed)
         set(CUDAToolkit_ROOT "${root}")
-        execute_process(COMMAND ${find_toolchain} --libraries
-            OUTPUT_VARIABLE cuda_libraries OUTPUT_STRIP_TRAILING_WHITESPACE COMMAND_ERROR_IS_FATAL ANY)
     elseif(PYDFLASH_NVCC)
         set(CMAKE_CUDA_COMPILER "${PYDFLASH_NVCC}")
     else()
@@ -31,11 +28,11 @@ if(CUDAToolkit_ROOT AND NOT CMAKE_CUDA_COMPILER)
         message(FATAL_ERROR "pydflash: CUDAToolkit_ROOT is ${CUDAToolkit_ROOT}, but ${CMAKE_CUDA_COMPILER} does not exist.")
     endif()
 endif()
-if(cuda_libraries)
-    # In a build folder the library finds them the same way as when installed.
+if(CUDAToolkit_ROOT)
+    # In a build folder the library finds what it needs the same way as when installed.
     get_filename_component(folder "${PROJECT_BINARY_DIR}/${cuda_packages}" DIRECTORY)
     file(MAKE_DIRECTORY "${folder}")
-    file(CREATE_LINK "${cuda_libraries}" "${PROJECT_BINARY_DIR}/${cuda_packages}" SYMBOLIC)
+    file(CREATE_LINK "${CUDAToolkit_ROOT}/lib64" "${PROJECT_BINARY_DIR}/${cuda_packages}" SYMBOLIC)
 endif()
 
 # Never "native": it asks a GPU that the machine which compiles need not have.

@@ -64,7 +64,6 @@ class Toolchain:
     """A folder laid out like an installed CUDA toolkit."""
 
     root: Path  # what CMake calls CUDAToolkit_ROOT
-    libraries: Path  # the packages' own folder of libcudart.so.13 and libcublas.so.13, as a library needs at run time
 
     @property
     def nvcc(self) -> Path:
@@ -180,7 +179,7 @@ def find() -> Toolchain:
                     raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    return Toolchain(root=root, libraries=packages / "lib")
+    return Toolchain(root=root)
 
 
 def install() -> None:
@@ -196,9 +195,7 @@ def install() -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--install", action="store_true", help="first pip-install the packages that are missing")
-    shown = parser.add_mutually_exclusive_group()
-    shown.add_argument("--nvcc", action="store_true", help="print the compiler's path instead of the folder's")
-    shown.add_argument("--libraries", action="store_true", help="print where the run-time libraries lie instead")
+    parser.add_argument("--nvcc", action="store_true", help="print the compiler's path instead of the folder's")
     options = parser.parse_args()
     try:
         if options.install:
@@ -207,7 +204,7 @@ def main() -> int:
     except (ToolchainError, OSError) as error:
         print(f"pydflash: {error}", file=sys.stderr)
         return 1
-    print(toolchain.nvcc if options.nvcc else toolchain.libraries if options.libraries else toolchain.root)
+    print(toolchain.nvcc if options.nvcc else toolchain.root)
     return 0
 
 
