@@ -1,11 +1,11 @@
 """z-lab's DFlash drafters, from their Hugging Face folder to one GGUF (architecture `dflash`).
 
-    python -m pydflash.convert FOLDER DRAFT.gguf [--target TARGET.gguf]
+    python -m pydflash.convert FOLDER DRAFT.gguf [--target TARGET.gguf] [--type q8_0]
 
-Matrices keep their type (BF16 stays BF16); norms become F32, as ggml wants them. What a folder describes beyond plain
-DFlash (DFlash2's convolutions and selector, DSpark's Markov head, scaled rope, biases) is refused, not dropped. With
-the target's GGUF at hand its tokenizer is copied too: llama.cpp will not load a drafter without one, pydflash does not
-need it. The file appears under its name only when it is whole.
+Matrices keep their type (BF16 stays BF16), or become Q8_0, half the size; norms become F32, as ggml wants them. What a
+folder describes beyond plain DFlash (DFlash2's convolutions and selector, DSpark's Markov head, scaled rope, biases) is
+refused, not dropped. With the target's GGUF at hand its tokenizer is copied too: llama.cpp will not load a drafter
+without one, pydflash does not need it. The file appears under its name only when it is whole.
 
 The math it describes is that of the `dflash` 0.1.0 package; the key and tensor names are those llama.cpp reads.
 """
@@ -24,7 +24,14 @@ from typing import TYPE_CHECKING, Any
 
 from pydflash._gguf import Gguf
 from pydflash._safetensors import Weight, read_json, read_weights
-from pydflash.errors import DraftMismatchError, ModelFileError, ModelFormatError, PydflashError, UnsupportedModelError
+from pydflash.errors import (
+    ArgumentError,
+    DraftMismatchError,
+    ModelFileError,
+    ModelFormatError,
+    PydflashError,
+    UnsupportedModelError,
+)
 
 if TYPE_CHECKING:
     import gguf
@@ -33,17 +40,24 @@ VERSION = 1  # part of the key of a cached conversion: raise it when the same fo
 
 
 def convert(
-    source: str | os.PathLike[str], destination: str | os.PathLike[str], *, target: str | os.PathLike[str] | None = None
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    target: str | os.PathLike[str] | None = None,
+    matrix_type: str | None = None,
 ) -> None:
     """Writes the drafter in folder `source` as the GGUF file `destination`.
 
     target: the target's GGUF, whose tokenizer is copied for llama.cpp's sake.
+    matrix_type: "q8_0" quantises the matrices, rows that are no multiple of 32 excepted; None leaves them as they are.
 
     Raises ModelFileError (a file cannot be read or written), ModelFormatError (config.json and weights contradict each
     other), UnsupportedModelError (not a plain DFlash drafter), DraftMismatchError (another target's drafter).
     """
     import gguf
 
+    if matrix_type not in (None, "q8_0"):
+        raise ArgumentError(f"matrix_type is {matrix_type!r}; it must be 'q8_0', or None to leave matrices as they are")
     folder = Path(source)
     config = _read_config(folder)
     weights = _match_weights(folder, config, read_weights(folder))
@@ -56,7 +70,7 @@ def convert(
             else:
                 _add_target(writer, config, Path(target))
             for name, weight in weights.items():
-                _add_tensor(writer, name, weight)
+                _add_tensor(writer, name, weight, quantised=matrix_type is not None)
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file()
@@ -332,16 +346,20 @@ def _add_target(writer: gguf.GGUFWriter, config: _Config, target: Path) -> None:
     writer.add_uint32("tokenizer.ggml.mask_token_id", config.mask_token_id)
 
 
-def _add_tensor(writer: gguf.GGUFWriter, name: str, weight: Weight) -> None:
+def _add_tensor(writer: gguf.GGUFWriter, name: str, weight: Weight, *, quantised: bool) -> None:
     import gguf
     import numpy as np
 
-    if len(weight.shape) == 1 and weight.dtype == "BF16":
-        # BF16 is the upper half of an F32
-        values = (weight.raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-        writer.add_tensor(name, values)
-    elif len(weight.shape) == 1:
-        writer.add_tensor(name, weight.raw.view(_NUMPY[weight.dtype]).astype(np.float32))
+    def values() -> np.ndarray[Any, Any]:  # float32
+        if weight.dtype == "BF16":  # the upper half of an F32
+            return (weight.raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+        return weight.raw.view(_NUMPY[weight.dtype]).astype(np.float32)
+
+    if len(weight.shape) == 1:
+        writer.add_tensor(name, values())
+    elif quantised and weight.shape[1] % 32 == 0:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(values().reshape(weight.shape), kind), raw_dtype=kind)
     elif weight.dtype == "BF16":
         rows = weight.raw.reshape(weight.shape[0], -1)  # uint8 [n_rows, 2 * n_columns]
         writer.add_tensor(name, rows, raw_dtype=gguf.GGMLQuantizationType.BF16)
@@ -372,9 +390,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="config.json and model.safetensors (or its shards)")
     parser.add_argument("destination", type=Path, help="the GGUF file to write")
     parser.add_argument("--target", type=Path, help="the target's GGUF: copy its tokenizer, for llama.cpp")
+    parser.add_argument("--type", choices=["q8_0"], help="quantise the matrices (default: leave them as they are)")
     options = parser.parse_args(arguments)
     try:
-        convert(options.folder, options.destination, target=options.target)
+        convert(options.folder, options.destination, target=options.target, matrix_type=options.type)
     except PydflashError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -86,6 +86,19 @@ def test_matrices_keep_their_type(dtype: str, kind: str, tmp_path: Path) -> None
         np.testing.assert_allclose(values(tensor), exact[name], rtol=2.0**-bits, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_matrices_become_q8_0(dtype: str, tmp_path: Path) -> None:
+    draft = TinyDraft(n_ff=80)  # ffn_down's rows are no multiple of 32: it keeps its type
+    convert(draft.write_folder(tmp_path / "d", dtype=dtype), tmp_path / "out.gguf", matrix_type="q8_0")
+    exact = draft.tensors()
+    for name, tensor in read(tmp_path / "out.gguf")[1].items():
+        kept = "F32" if exact[name].ndim == 1 else dtype if "ffn_down" in name else "Q8_0"
+        assert tensor.tensor_type.name == kept, name
+        np.testing.assert_allclose(values(tensor), exact[name], rtol=0, atol=np.abs(exact[name]).max() * 2.0**-7)
+    with pytest.raises(pydflash.ArgumentError, match="matrix_type is 'q4_0'; it must be 'q8_0'"):
+        convert(tmp_path / "d", tmp_path / "out.gguf", matrix_type="q4_0")
+
+
 def test_default_taps_are_spread_over_the_target(tmp_path: Path) -> None:
     for n_layer, n_target, taps in ((5, 64, (1, 16, 31, 46, 61)), (5, 32, (1, 8, 15, 22, 29)), (1, 64, (32,))):
         draft = TinyDraft(n_layer=n_layer, n_target_layers=n_target, target_ids=taps)
