@@ -76,19 +76,32 @@ def write_gguf(
     return _finish(writer, path)
 
 
-def to_f32(source: Path | str, path: Path | str) -> Path:
-    """Copies a GGUF with every tensor dequantised to f32, so that runtimes can be compared to the token."""
+def copy_gguf(
+    source: Path | str, path: Path | str, *, f32: bool = False, keys: Mapping[str, Any] | None = None
+) -> Path:
+    """Copies a GGUF. f32: with every tensor dequantised. keys: values that take the place of the file's own; keys that
+    the file does not have are not added."""
     reader = gguf.GGUFReader(source)
     arch = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(str(path), arch)
+    changed = {"general.file_type": 0} if f32 else {}  # 0: all f32
+    changed |= keys or {}
     for name, entry in reader.fields.items():
         if not name.startswith("GGUF.") and name != "general.architecture":
-            value = 0 if name == "general.file_type" else entry.contents()  # 0: all f32
+            value = changed.get(name, entry.contents())
             writer.add_key_value(name, value, entry.types[0], entry.types[-1] if len(entry.types) > 1 else None)
     for tensor in reader.tensors:
-        shape = tuple(int(n) for n in reversed(tensor.shape))
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+        if f32:
+            shape = tuple(int(n) for n in reversed(tensor.shape))
+            writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(shape))
+        else:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
     return _finish(writer, path)
+
+
+def to_f32(source: Path | str, path: Path | str) -> Path:
+    """Copies a GGUF with every tensor dequantised to f32, so that runtimes can be compared to the token."""
+    return copy_gguf(source, path, f32=True)
 
 
 def _finish(writer: gguf.GGUFWriter, path: Path | str) -> Path:

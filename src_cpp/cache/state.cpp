@@ -7,6 +7,11 @@
 #include "error.h"
 #include "ggml-tree.h"
 
+// A library built with -DPF_ROTATE_KV=0 shows what the rotation is worth (scripts/long_context.py kv): for measuring only.
+#ifndef PF_ROTATE_KV
+#define PF_ROTATE_KV 1
+#endif
+
 namespace pf {
 
 namespace {
@@ -42,8 +47,8 @@ ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor
 State::State(const StateShape & shape_in, const StateParams & params_in, ggml_backend_t backend)
     : shape(shape_in), params(params_in), backend_(backend) {
     n_rows = round_up(params.n_ctx + PF_MAX_NODES, kv_granule);
-    rotate_k = params.type_k == GGML_TYPE_Q4_0;
-    rotate_v = params.type_v == GGML_TYPE_Q4_0;
+    rotate_k = PF_ROTATE_KV && params.type_k == GGML_TYPE_Q4_0;
+    rotate_v = PF_ROTATE_KV && params.type_v == GGML_TYPE_Q4_0;
 
     memory_ = TensorBlock((size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 2 + 3);
     const int64_t n_kv_row = (int64_t) shape.head_dim * shape.n_head_kv;

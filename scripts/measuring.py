@@ -1,0 +1,249 @@
+"""What the measuring scripts share: a timeline with a clock, texts, memory, tables, and what to say of a machine.
+
+A Timeline drives a session's core directly, since `Session.generate` neither shows the progress of a long prefill nor
+goes on behind what it generated. It owns no model; it refuses nothing that the core does not refuse.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import os
+import platform
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pydflash
+from pydflash import options
+from pydflash._lib import check, ffi, lib
+
+ROOT = Path(__file__).resolve().parents[1]
+Item = TypeVar("Item")
+BUDGET = 16  # nodes of the trees that are measured, Session's own default
+PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in order
+
+
+# ---- running -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Decoded:
+    """What some decode steps gave. Times are seconds on the clock, except `ms`: the parts of all steps together."""
+
+    ids: list[int] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)  # of each step, commit included
+    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+
+    @property
+    def n_steps(self) -> int:
+        return len(self.seconds)
+
+    @property
+    def per_pass(self) -> float:
+        """Tokens per target pass."""
+        return len(self.ids) / self.n_steps
+
+    @property
+    def ms_per_token(self) -> float:
+        return sum(self.seconds) * 1e3 / len(self.ids)
+
+
+class Timeline:
+    """An open session's timeline, from its beginning: append tokens, decode behind them, append more."""
+
+    def __init__(self, session: pydflash.Session) -> None:
+        self._session = session
+        self._core = session._core.session
+        self._n_batch = session._n_batch
+        check(lib.pf_session_reset(self._core))
+
+    @property
+    def n_tokens(self) -> int:
+        return int(lib.pf_session_n_tokens(self._core))
+
+    def append(self, ids: Sequence[int], after: Callable[[int, float], None] = lambda n, seconds: None) -> float:
+        """Evaluates ids (the last stays pending) in slices of one batch; after(tokens of the slice, its seconds) is
+        called behind each. Returns the seconds of all."""
+        total = 0.0
+        at = 0
+        first = 1 if self.n_tokens == 0 else 0  # one token always waits; the first slice may be longer by it
+        while at < len(ids):
+            piece = list(ids[at : at + self._n_batch + (first if at == 0 else 0)])
+            start = time.perf_counter()
+            check(lib.pf_session_append(self._core, piece, len(piece)))
+            seconds = time.perf_counter() - start
+            total += seconds
+            at += len(piece)
+            after(len(piece), seconds)
+        return total
+
+    def decode(self, n_tokens: int, *, budget: int, chain: bool = False) -> Decoded:
+        """Greedy tokens, exactly so many; end tokens do not end it."""
+        params, _keep = options.generate_params(
+            temperature=0, top_k=0, top_p=1, min_p=0, seed=0, budget=budget, chain=chain, stop_ids=[]
+        )
+        check(lib.pf_session_configure(self._core, params))
+        step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
+        commit_ms = ffi.new("double *")
+        out = Decoded()
+        while len(out.ids) < n_tokens:
+            start = time.perf_counter()
+            check(lib.pf_session_step(self._core, n_tokens - len(out.ids), step))
+            check(lib.pf_session_commit(self._core, step.n_tokens, commit_ms))
+            out.seconds.append(time.perf_counter() - start)
+            out.ids += ffi.unpack(step.tokens, step.n_tokens)
+            for part in PARTS[:-1]:
+                out.ms[part] += getattr(step, f"{part}_ms")
+            out.ms["commit"] += commit_ms[0]
+        return out
+
+
+def parted(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """The first index at which two texts differ, None when they do not."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
+class Progress:
+    """One line of stderr that says how far a prefill is, how fast, and how long it still takes."""
+
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._done, self._shown = what, total, 0, 0.0
+        self._first: tuple[int, float] | None = None  # tokens done, seconds a token
+
+    def __call__(self, n: int, seconds: float) -> None:
+        self._done += n
+        cost = seconds / n
+        self._first = self._first or (self._done, cost)
+        now = time.perf_counter()
+        if now - self._shown < 0.5 and self._done < self._total:
+            return
+        self._shown = now
+        # Attention makes a token cost a + b * depth, so the clock must not be read from the average so far.
+        rest = self._total - self._done
+        slope = max(0.0, cost - self._first[1]) / max(1, self._done - self._first[0])
+        left = rest * (cost + slope * rest / 2)
+        line = f"{self._what}: {self._done:,} of {self._total:,} tokens, {1 / cost:,.0f} tokens/s, {left:.0f} s left"
+        print(f"\r{line:<100}", end="" if rest > 0 else "\n", file=sys.stderr, flush=True)
+
+
+def counted(what: str, items: Sequence[Item]) -> Iterator[Item]:
+    """The items, with a line of stderr that says which it is and how long the rest still takes."""
+    start = time.perf_counter()
+    for i, item in enumerate(items):
+        left = f", {(time.perf_counter() - start) / i * (len(items) - i):.0f} s left" if i else ""
+        print(f"\r{f'{what}: {i + 1} of {len(items)}{left}':<100}", end="", file=sys.stderr, flush=True)
+        yield item
+    print(file=sys.stderr)
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Says how long a part took."""
+    start = time.perf_counter()
+    yield
+    say(f"{what}: {time.perf_counter() - start:.1f} s")
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def anonymous_mib() -> float:
+    """Memory of this process that no file stands behind, MiB: caches and buffers, not the mapped weights."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    return float("nan")
+
+
+# ---- texts -------------------------------------------------------------------------------------------------------
+
+SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib-dynload", "encodings"}
+
+
+def library() -> Path:
+    """The standard library of the interpreter that runs."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def document(session: pydflash.Session, n: int) -> list[int]:
+    """n tokens of a long document: the standard library's sources in the order of their names."""
+    ids: list[int] = []
+    for path in sorted(library().rglob("*.py")):
+        if SKIPPED.isdisjoint(path.relative_to(library()).parts):
+            ids += session.tokenize(path.read_text(encoding="utf-8", errors="replace"))
+            if len(ids) >= n:
+                return ids[:n]
+    raise pydflash.PydflashError(f"the standard library has {len(ids)} tokens, not the {n} asked for")
+
+
+def heldout(session: pydflash.Session, names: Sequence[str], count: int, length: int) -> list[list[int]]:
+    """`count` prompts of `length` tokens, spread evenly over those files of the standard library."""
+    text = "".join((library() / name).read_text(encoding="utf-8") for name in names if (library() / name).exists())
+    ids = session.tokenize(text)
+    if len(ids) <= length:
+        raise pydflash.PydflashError(
+            f"the held-out files have {len(ids)} tokens, no more than the {length} of a prompt"
+        )
+    step = (len(ids) - length) / max(1, count - 1)
+    return [ids[round(i * step) : round(i * step) + length] for i in range(count)]
+
+
+# ---- what is written ---------------------------------------------------------------------------------------------
+
+
+def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """One line a row; the columns are the keys in the order in which they first appear."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table."""
+    lines = [header, ["-"] * len(header), *rows]
+    return "\n".join("|" + "|".join("-" if line is lines[1] else f" {cell} " for cell in line) + "|" for line in lines)
+
+
+def processor() -> str:
+    """The processor's name as the kernel tells it."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def machine() -> str:
+    """Processor, cores, versions."""
+    return (
+        f"{processor()}, {len(os.sched_getaffinity(0))} cores, {platform.system()} {platform.release()}, "
+        f"Python {platform.python_version()}, pydflash {pydflash.__version__}"
+    )
+
+
+def fingerprint(path: Path) -> str:
+    """16 hex digits that stand for a file, or for a folder's files by name: the beginning of a SHA-256."""
+    total = hashlib.sha256()
+    for part in sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]:
+        if path.is_dir():
+            total.update(f"{part.name}\0".encode())
+        with part.open("rb") as file:
+            while block := file.read(1 << 22):
+                total.update(block)
+    return total.hexdigest()[:16]
