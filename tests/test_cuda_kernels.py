@@ -1,0 +1,297 @@
+"""The CUDA kernels, run on the CPU by tests/cuda_emulator, against float64 and against the CPU backend's ops.
+
+The kernels, their launches and their host dispatch are the very sources that nvcc compiles. Problems and references are
+those of test_tree_ops; every problem runs with the threads in forward, backward and shuffled order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests import cuda_emulator
+from tests.cuda_emulator import ORDERS, Emulator
+from tests.ggml_ops import Ggml, Graph, library_folder
+from tests.test_tree_ops import (
+    F32,
+    SHAPES,
+    Problem,
+    ancestors,
+    assert_close,
+    binary,
+    chain,
+    comb,
+    convolve,
+    delta_net_op,
+    make,
+    make_conv,
+    replay,
+    run_conv,
+    run_persist,
+    run_tree,
+    star,
+)
+
+GGML_BASE = library_folder() / "libpydflash-ggml-base.so"
+
+
+class EmulatedGraph(Graph):
+    """A graph whose tree ops the emulator computes, in the order they were made."""
+
+    def __init__(self, ggml: EmulatedGgml) -> None:
+        super().__init__(ggml)
+        self._emulated = ggml
+        self._nodes: list[int] = []
+
+    def op(self, name: str, *operands: Any) -> int:
+        node = super().op(name, *operands)
+        if not name.endswith(("_out", "_delta")):  # those are views
+            self._nodes.append(node)
+        return node
+
+    def supported(self, tensor: int) -> bool:
+        return self._emulated.emulator.supports(tensor)
+
+    def compute(self, *outputs: int, n_threads: int = 1) -> None:
+        self.prepare(*outputs)
+        for node in self._nodes:
+            self._emulated.emulator.compute(node, order=self._emulated.order, seed=self._emulated.seed)
+
+
+class EmulatedGgml(Ggml):
+    def __init__(self, library: Path) -> None:
+        super().__init__()
+        self.emulator = Emulator(library)
+        self.order = ORDERS[0]
+        self.seed = 0
+
+    def graph(self) -> Graph:
+        return EmulatedGraph(self)
+
+    def orders(self) -> Iterator[None]:
+        """Each order once; the shuffled one with another seed every time."""
+        for self.order in ORDERS:
+            self.seed += 1
+            yield
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cuda_emulator.lay_out(tmp_path_factory.mktemp("fork"))
+
+
+@pytest.fixture(scope="session")
+def cuda(fork: Path, tmp_path_factory: pytest.TempPathFactory) -> EmulatedGgml:
+    library = cuda_emulator.compile_library(tmp_path_factory.mktemp("emulated"), fork, ggml_base=GGML_BASE)
+    return EmulatedGgml(library)
+
+
+def check_tree(cuda: EmulatedGgml, p: Problem, tolerance: float = 3e-6) -> tuple[np.ndarray, np.ndarray]:
+    """out and delta of one problem in all orders against float64; the same bits in every order."""
+    expected = replay(p)
+    results = [run_tree(cuda, p) for _ in cuda.orders()]
+    for actual, wanted in zip(results[0], expected[:2], strict=True):
+        assert_close(actual, wanted, tolerance)
+    for other in results[1:]:
+        assert all(np.array_equal(a, b) for a, b in zip(results[0], other, strict=True))
+    return results[0]
+
+
+# -- gated_delta_net_tree -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 8, 9, 23, 32, 33, 63, 64])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_tree_follows_the_recurrence(cuda: EmulatedGgml, ggml: Ggml, shape: str, n: int) -> None:
+    p = make(SHAPES[shape](n), d=32, hk=1, hv=2, seed=n)
+    for actual, of_cpu in zip(check_tree(cuda, p), run_tree(ggml, p), strict=True):
+        assert_close(actual, of_cpu.astype(float), 6e-6)
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
+@pytest.mark.parametrize("dv", [16, 48, 128])
+@pytest.mark.parametrize("n", [3, 23, 40])
+def test_head_sizes(cuda: EmulatedGgml, d: int, dv: int, n: int) -> None:
+    check_tree(cuda, make(comb(n), d=d, dv=dv, hk=1, hv=1, seed=d + dv))
+
+
+@pytest.mark.parametrize(("hk", "hv"), [(1, 3), (2, 5), (3, 2), (16, 48)])
+def test_head_layouts(cuda: EmulatedGgml, hk: int, hv: int) -> None:
+    check_tree(cuda, make(comb(9), d=16, hk=hk, hv=hv))
+
+
+def random_tree(n: int, rng: np.random.Generator) -> np.ndarray:
+    """Mostly one tree, with a second root now and then: pads and their like."""
+    return np.array([-1 if rng.random() < 0.05 else rng.integers(-1, i) if i else -1 for i in range(n)], np.int32)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_trees(cuda: EmulatedGgml, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    d, dv = (int(rng.choice([16, 32, 64, 128])) for _ in range(2))
+    parent = random_tree(int(rng.integers(1, 65)), rng)
+    check_tree(cuda, make(parent, d=d, dv=dv, hk=1, hv=2, decay=float(rng.choice([0.01, 1.0, 10.0])), seed=seed))
+
+
+@pytest.mark.parametrize("g", [0.0, -1.0, -30.0, -np.inf])
+@pytest.mark.parametrize("n", [4, 23, 64, 150])
+def test_constant_decay(cuda: EmulatedGgml, g: float, n: int) -> None:
+    p = make(chain(n), decay=0, d=16, hk=1, hv=1)
+    check_tree(cuda, replace(p, g=np.full_like(p.g, g)))
+
+
+@pytest.mark.parametrize("parent", [chain(40), star(40), binary(40)], ids=["chain", "star", "binary"])
+def test_decay_that_resets_some_nodes(cuda: EmulatedGgml, parent: np.ndarray) -> None:
+    """g = -inf here and there: 0 and never 0 * inf."""
+    p = make(parent, d=16, hk=1, hv=2)
+    g = p.g.copy()
+    g[::3] = -np.inf
+    p = replace(p, g=g)
+    check_tree(cuda, p)
+    path = ancestors(parent, 39)
+    assert_close(run_persist(cuda, p, path), replay(p)[2][39])
+
+
+@pytest.mark.parametrize("n", [65, 128, 200])
+@pytest.mark.parametrize(("d", "decay"), [(16, 30.0), (32, 0.05), (128, 0.05)])
+def test_chains_longer_than_a_tree(cuda: EmulatedGgml, n: int, d: int, decay: float) -> None:
+    check_tree(cuda, make(chain(n), d=d, dv=48, hk=1, hv=1, decay=decay))
+
+
+@pytest.mark.parametrize(("n", "n_real"), [(128, 65), (128, 100), (192, 64), (200, 1)])
+def test_pads_end_a_long_chain(cuda: EmulatedGgml, n: int, n_real: int) -> None:
+    p = make(np.where(np.arange(n) < n_real, chain(n), -1).astype(np.int32), d=16, hk=1, hv=1)
+    expected = replay(p.nodes(np.arange(n_real)))
+    for _ in cuda.orders():
+        for actual, wanted in zip(run_tree(cuda, p), expected[:2], strict=True):
+            assert np.isfinite(actual).all()
+            assert_close(actual[:n_real], wanted)
+        path = [*range(n_real), *[-1] * (n - n_real)]
+        assert_close(run_persist(cuda, p, path), expected[2][-1])
+
+
+def test_slices_of_one_matrix(cuda: EmulatedGgml) -> None:
+    """q, k, v as slices of the convolution's output, g and beta as columns of wider matrices, as a model has them."""
+    p = make(binary(37), d=32, dv=16, hk=2, hv=6)
+    n, hk, d = p.k.shape
+    hv, dv = p.v.shape[1:]
+    whole = np.concatenate([p.q.reshape(n, -1), p.k.reshape(n, -1), p.v.reshape(n, -1), np.full((n, 9), np.nan)], 1)
+    gates = np.concatenate([p.g, p.beta], 1)
+    row, wide = whole.shape[1] * 4, 2 * hv * 4
+    for _ in cuda.orders():
+        with cuda.graph() as graph:
+            matrix, gate = graph.tensor(whole.astype(F32)), graph.tensor(gates)
+            operands = {
+                "q": graph.view(matrix, (n, hk, d), (row, d * 4), 0),
+                "k": graph.view(matrix, (n, hk, d), (row, d * 4), hk * d * 4),
+                "v": graph.view(matrix, (n, hv, dv), (row, dv * 4), 2 * hk * d * 4),
+                "g": graph.view(gate, (n, hv), (wide,), 0),
+                "beta": graph.view(gate, (n, hv), (wide,), hv * 4),
+            }
+            result, tensors = delta_net_op(graph, p, operands)
+            out, delta = (graph.op(f"ggml_gated_delta_net_tree_{name}", result) for name in ("out", "delta"))
+            path = graph.tensor(np.array(ancestors(p.parent, n - 1), np.int32))
+            persist = (tensors["state"], tensors["k"], delta, tensors["g"], path)
+            state = graph.op("ggml_gated_delta_net_tree_persist", *persist)
+            graph.compute(state)
+            expected = replay(p)
+            assert_close(graph.read(out, n, hv, dv), expected[0])
+            assert_close(graph.read(delta, n, hv, dv), expected[1])
+            assert_close(graph.read(state, *p.state.shape), expected[2][-1])
+
+
+def test_impossible_parents_read_as_the_committed_state(cuda: EmulatedGgml) -> None:
+    p = make(chain(8))
+    wrong = replace(p, parent=np.array([0, 0, 5, 2, 2**31 - 1, -7, 5, -(2**31)], np.int32))
+    right = replace(p, parent=np.array([-1, 0, -1, 2, -1, -1, 5, -1], np.int32))
+    for a, b in zip(run_tree(cuda, wrong), run_tree(cuda, right), strict=True):
+        assert np.array_equal(a, b)
+
+
+def test_branches_do_not_see_each_other(cuda: EmulatedGgml) -> None:
+    """Other operands at one node change what descends from it, and not one bit elsewhere."""
+    p, other = make(binary(40), hv=2, d=16), make(binary(40), hv=2, d=16, seed=1)
+    node = 4
+    changed = {name: getattr(p, name).copy() for name in ("q", "k", "v", "g", "beta")}
+    for name, array in changed.items():
+        array[node] = getattr(other, name)[node]
+    outside = [i for i in range(p.n) if node not in ancestors(p.parent, i)]
+    for a, b in zip(run_tree(cuda, p), run_tree(cuda, replace(p, **changed)), strict=True):
+        assert np.array_equal(a[outside], b[outside])
+        assert not np.array_equal(a, b)
+
+
+# -- gated_delta_net_tree_persist ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
+@pytest.mark.parametrize("dv", [16, 48, 128])
+@pytest.mark.parametrize("path", [[0], [0, 1], [0, 2, 4, 6, 8, 10, 11, -1, -1]])
+def test_persist(cuda: EmulatedGgml, ggml: Ggml, d: int, dv: int, path: list[int]) -> None:
+    p = make(comb(12), d=d, dv=dv, hk=2, hv=3)
+    expected = replay(p)[2][max(path)]
+    states = [run_persist(cuda, p, path) for _ in cuda.orders()]
+    assert_close(states[0], expected)
+    assert_close(states[0], run_persist(ggml, p, path).astype(float), 6e-6)
+    assert all(np.array_equal(states[0], other) for other in states[1:])
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.05, 30.0])
+def test_persist_of_long_chains(cuda: EmulatedGgml, decay: float) -> None:
+    p = make(chain(200), decay=decay, d=16, hk=2, hv=3)
+    expected = replay(p)[2]
+    for length in (200, 64):
+        assert_close(run_persist(cuda, p, [*range(length), *[-1] * (200 - length)]), expected[length - 1])
+
+
+def test_persist_keeps_digits_after_strong_decay(cuda: EmulatedGgml) -> None:
+    p = make(chain(64), d=16)
+    p = replace(p, g=np.where(np.arange(64)[:, None] < 60, -30.0, -0.01).astype(F32) * np.ones_like(p.g))
+    check_tree(cuda, p)
+    assert_close(run_persist(cuda, p, list(range(64))), replay(p)[2][-1], tolerance=1e-6)
+
+
+@pytest.mark.parametrize("path", [[-1], [-1, -1, -1], [99, -5]])
+def test_empty_path_keeps_the_state(cuda: EmulatedGgml, path: list[int]) -> None:
+    p = make(chain(5), d=16)
+    p.state[0, 0, :2] = -0.0
+    assert run_persist(cuda, p, path).tobytes() == p.state.tobytes()
+
+
+# -- ssm_conv_tree ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n_taps", [2, 3, 4, 5, 16])
+@pytest.mark.parametrize(("channels", "n"), [(1, 1), (63, 8), (128, 9), (300, 23), (48, 200)])
+def test_convolution(cuda: EmulatedGgml, ggml: Ggml, n_taps: int, channels: int, n: int) -> None:
+    rng = np.random.default_rng(n)
+    operands = make_conv(random_tree(n, rng), channels, n_taps, n)
+    parent = random_tree(n, rng)
+    expected = convolve(*operands, parent)
+    for _ in cuda.orders():
+        actual = run_conv(cuda, *operands, parent)
+        assert_close(actual, expected)
+        assert_close(actual, run_conv(ggml, *operands, parent).astype(float))
+
+
+def test_convolution_of_slices(cuda: EmulatedGgml) -> None:
+    parent = comb(20)
+    state, x, kernel = make_conv(parent, 80, 4, 0)
+    around = [np.full((20, n), np.nan, F32) for n in (7, 5)]
+    with cuda.graph() as graph:
+        wide = graph.tensor(np.concatenate([around[0], x, around[1]], 1))
+        past = graph.tensor(np.concatenate([around[0][:3], state, around[1][:3]], 1))
+        operands = [graph.view(t, a.shape, (92 * 4,), 7 * 4) for t, a in ((past, state), (wide, x))]
+        result = graph.op("ggml_ssm_conv_tree", *operands, graph.tensor(kernel), graph.tensor(parent))
+        graph.compute(result)
+        assert_close(graph.read(result, *x.shape), convolve(state, x, kernel, parent))
