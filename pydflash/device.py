@@ -54,5 +54,5 @@ def choose(device: str) -> str:
     info = device_info(device)
     if info.why_cpu and not _told.is_set():
         _told.set()
-        warnings.warn(f"device 'auto' is the CPU: {info.why_cpu}", RuntimeWarning, stacklevel=5)
+        warnings.warn(f"device 'auto' is the CPU: {info.why_cpu}", RuntimeWarning, stacklevel=4)
     return info.kind

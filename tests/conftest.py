@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,9 +22,24 @@ settings.load_profile("pydflash")
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """All but the pinned archive of upstream's: its hash is checked at every use, and it is large."""
+    cache = tmp_path_factory.mktemp("cache")
+    users = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pydflash" / "upstream"
+    users.mkdir(parents=True, exist_ok=True)
+    (cache / "pydflash").mkdir()
+    (cache / "pydflash" / "upstream").symlink_to(users)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
+
+
+@pytest.fixture(scope="session")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Our fork of ggml, laid out as a build does it."""
+    folder = tmp_path_factory.mktemp("fork") / "ggml"
+    script = Path(__file__).resolve().parents[1] / "ggml" / "fetch_upstream.py"
+    subprocess.run([sys.executable, str(script), str(folder)], check=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

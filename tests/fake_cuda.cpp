@@ -11,6 +11,7 @@
 #include <set>
 
 #include "ggml-backend-impl.h"
+#include "ggml-impl.h"
 
 namespace {
 
@@ -191,7 +192,11 @@ const char * registry_name(ggml_backend_reg_t) {
 }
 
 size_t device_count(ggml_backend_reg_t) {
-    return getenv("FAKE_CUDA_NO_DEVICE") ? 0 : 1;
+    if (getenv("FAKE_CUDA_NO_DEVICE")) {
+        GGML_LOG_ERROR("no CUDA-capable device is detected\n");
+        return 0;
+    }
+    return 1;
 }
 
 ggml_backend_dev_t get_device(ggml_backend_reg_t registry, size_t) {
