@@ -82,7 +82,9 @@ def stops(value: Stop, n_vocab: int) -> tuple[list[str], list[int]]:
     return texts, token_ids("stop", [item for item in items if not isinstance(item, str)], n_vocab)
 
 
-def session_params(*, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None) -> Any:
+def session_params(
+    *, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None, budget: int
+) -> Any:
     """A filled pf_session_params."""
     params = ffi.new("pf_session_params *")
     lib.pf_session_params_default(params)
@@ -93,6 +95,7 @@ def session_params(*, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: 
         raise ArgumentError(f"n_batch is {n_batch}; it must be a multiple of 64")
     params.n_ring = integer("n_ring", n_ring, 1, 2**31 - 1)
     params.n_threads = 0 if n_threads is None else integer("n_threads", n_threads, 1, 512)
+    params.budget = integer("budget", budget, 0, MAX_BUDGET)
     return params
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -30,6 +30,26 @@ class Stats:
     def as_dict(self) -> dict[str, Any]:
         """The figures as JSON takes them."""
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What a session has moved to and from where it computes, and what it has built there, since it was opened.
+
+    On the CPU the same copies are made and counted as on a GPU.
+    """
+
+    n_set: int  # copies to the device
+    bytes_set: int
+    n_get: int  # copies from it
+    bytes_get: int
+    graphs_built: int  # one for each shape in use
+    graph_runs: int
+    buffers: int  # allocated after opening
+
+    def __sub__(self, earlier: Counters) -> Counters:
+        """What happened since `earlier`."""
+        return Counters(*(a - b for a, b in zip(astuple(self), astuple(earlier), strict=True)))
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
     ContextFullError,
-    ModelFormatError,
     StateError,
     UnsupportedModelError,
     checked_options,
 )
 from pydflash.options import KvType, Stop
-from pydflash.results import Chunk, FinishReason, Result, Stats, Tally
+from pydflash.results import Chunk, Counters, FinishReason, Result, Stats, Tally
 from pydflash.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -59,7 +58,8 @@ class Session:
         None with a target of one's own: plain decoding.
     n_ctx: tokens the session can hold, prompt and output together. None: what the model was trained for, at most 4096.
     kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V.
-    budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding.
+    budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
+        set aside for trees of this size; a run that asks for a larger one allocates more.
     chain: draft one line of tokens instead of a tree.
     device: "cpu", "cuda", or "auto": "cuda" where that can be had, else "cpu"; see `pydflash.device_info`. Afterwards
         the attribute says which of the two it is.
@@ -91,13 +91,13 @@ class Session:
     ) -> None:
         self.device = choose(device)
         params = options.session_params(
-            n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads
+            n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads, budget=budget
         )
         self._lock = threading.Lock()
         self._epoch = 0  # counts the timelines, so that a stream knows when its own is gone
         self._cancelled = False
         self._stats: Stats | None = None
-        self._budget = options.integer("budget", budget, 0, options.MAX_BUDGET)
+        self._budget = int(params.budget)
         self._chain = bool(chain)
         self._n_batch = int(params.n_batch)
         if target is None:
@@ -121,12 +121,6 @@ class Session:
             self.tokenizer = Tokenizer.from_gguf(target)
         except UnsupportedModelError as error:  # such a model takes and gives ids
             self._no_tokenizer = error
-        if self.tokenizer is not None and self.tokenizer.n_vocab > self.n_vocab:
-            self.close()
-            raise ModelFormatError(
-                f"{target}: the vocabulary has {self.tokenizer.n_vocab} tokens, the embedding {self.n_vocab} rows",
-                path=target,
-            )
 
     def __enter__(self) -> Session:
         return self
@@ -231,6 +225,14 @@ class Session:
     def stats(self) -> Stats | None:
         """Figures of the last finished run; None before the first."""
         return self._stats
+
+    @property
+    def counters(self) -> Counters:
+        """What has travelled to and from the device, and what was built there, since the session was opened."""
+        with self._open():
+            counters = ffi.new("pf_counters *", {"size": ffi.sizeof("pf_counters")})
+            check(lib.pf_session_counters(self._core.session, counters))
+            return Counters(*(int(getattr(counters, name)) for name in Counters.__dataclass_fields__))
 
     @property
     def n_tokens(self) -> int:

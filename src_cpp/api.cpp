@@ -158,6 +158,7 @@ void pf_session_params_default(pf_session_params * params) {
     params->type_v = GGML_TYPE_F16;
     params->n_batch = 512;
     params->n_ring = 4096;
+    params->budget = 16;
 }
 
 void pf_generate_params_default(pf_generate_params * params) {
@@ -198,6 +199,14 @@ int pf_session_n_ctx(const pf_session * session) {
 
 int64_t pf_session_n_tokens(const pf_session * session) {
     return session ? session->session.n_tokens() : 0;
+}
+
+int pf_session_counters(const pf_session * session, pf_counters * out) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_counters: session must not be null");
+        check_result(out);
+        write_result(session->session.counters(), out);
+    });
 }
 
 int pf_session_append(pf_session * session, const int32_t * ids, uint64_t n) {

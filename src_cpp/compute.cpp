@@ -20,6 +20,15 @@ using SetThreadpool = void (*)(ggml_backend_t, struct ggml_threadpool *);
 
 } // namespace
 
+Graph::Graph(size_t max_nodes) {
+    const size_t bytes = ggml_tensor_overhead() * max_nodes * 2 + ggml_graph_overhead_custom(max_nodes, false);
+    ctx = ggml_init({bytes, nullptr, true});
+    if (!ctx) {
+        throw Error(PF_ERR_MEMORY, "no memory for a compute graph");
+    }
+    gf = ggml_new_graph_custom(ctx, max_nodes, false);
+}
+
 int available_cores() {
     cpu_set_t set;
     if (sched_getaffinity(0, sizeof(set), &set) == 0) {
@@ -59,16 +68,7 @@ void Compute::start_threads(int n_threads) {
     set_pool(backend_.get(), threadpool_.get());
 }
 
-void Compute::start(Graph & graph) const {
-    const size_t bytes = ggml_tensor_overhead() * max_nodes_ * 2 + ggml_graph_overhead_custom(max_nodes_, false);
-    graph.ctx = ggml_init({bytes, nullptr, true});
-    if (!graph.ctx) {
-        throw Error(PF_ERR_MEMORY, "no memory for a compute graph");
-    }
-    graph.gf = ggml_new_graph_custom(graph.ctx, max_nodes_, false);
-}
-
-void Compute::place(Graph & graph) {
+void Compute::reserve(Graph & graph) {
     if (!ggml_gallocr_reserve(allocator_.get(), graph.gf)) {
         drop_graphs();
         throw Error(PF_ERR_MEMORY, "the compute buffer did not fit into memory; ask for a smaller n_batch or n_ctx");
@@ -77,7 +77,13 @@ void Compute::place(Graph & graph) {
     if (bytes != buffer_bytes_) {
         drop_graphs(); // the buffer has moved, and with it everything that graphs built before point at
         buffer_bytes_ = bytes;
+        ++counters.buffers;
     }
+}
+
+void Compute::place(Graph & graph) {
+    reserve(graph);
+    ++counters.graphs_built;
     if (!ggml_gallocr_alloc_graph(allocator_.get(), graph.gf)) {
         throw Error(PF_ERR_INTERNAL, "a compute graph could not be placed");
     }
@@ -93,16 +99,27 @@ void Compute::drop_graphs() {
 }
 
 void Compute::run(Graph & graph) {
+    ++counters.graph_runs;
     const ggml_status status = ggml_backend_graph_compute(backend_.get(), graph.gf);
     if (status != GGML_STATUS_SUCCESS) {
         throw Error(PF_ERR_INTERNAL, std::string("the backend failed: ") + ggml_status_to_string(status));
     }
 }
 
-void set_input(ggml_tensor * t, const void * data) {
+void Compute::set(ggml_tensor * t, const void * data) {
     if (t && t->buffer) {
-        ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t));
+        const size_t bytes = ggml_nbytes(t);
+        ggml_backend_tensor_set(t, data, 0, bytes);
+        ++counters.n_set;
+        counters.bytes_set += bytes;
     }
+}
+
+void Compute::get(const ggml_tensor * t, int64_t first, int64_t n, void * out) {
+    const size_t bytes = (size_t) n * t->nb[1];
+    ggml_backend_tensor_get(t, out, (size_t) first * t->nb[1], bytes);
+    ++counters.n_get;
+    counters.bytes_get += bytes;
 }
 
 } // namespace pf

@@ -1,5 +1,6 @@
 // Where graphs run: one backend with its threads, one compute buffer that all graphs of a session share, and the graphs
 // themselves, built once per shape and reused. Tensors that outlive a graph's run must not live in the compute buffer.
+// All that passes between host and backend in a step passes through set and get, and is counted.
 #pragma once
 
 #include <array>
@@ -11,6 +12,7 @@
 #include "ggml-alloc.h"
 #include "ggml-backend.h"
 #include "graph.h"
+#include "pydflash.h"
 
 namespace pf {
 
@@ -18,10 +20,12 @@ namespace pf {
 using GraphKey = std::array<int64_t, 4>;
 
 struct Graph {
-    Graph() = default;
+    explicit Graph(size_t max_nodes); // throws PF_ERR_MEMORY
     virtual ~Graph() { ggml_free(ctx); }
     Graph(const Graph &) = delete;
     Graph & operator=(const Graph &) = delete;
+
+    GraphBuilder builder() const { return {ctx, gf}; }
 
     ggml_context * ctx = nullptr;
     ggml_cgraph * gf = nullptr;
@@ -45,14 +49,13 @@ class Compute {
 
     ggml_backend_t backend() const { return backend_.get(); }
 
-    // The graph for `key`, built by build(builder, graph) the first time.
+    // The graph for `key`, built by build(graph) the first time.
     template <class G, class Build>
     G & graph(const GraphKey & key, Build && build) {
         auto found = graphs_.find(key);
         if (found == graphs_.end()) {
-            auto made = std::make_unique<G>();
-            start(*made);
-            build(GraphBuilder{made->ctx, made->gf}, *made);
+            auto made = std::make_unique<G>(max_nodes_);
+            build(*made);
             place(*made);
             found = graphs_.emplace(key, std::move(made)).first;
         }
@@ -63,9 +66,19 @@ class Compute {
     void run(Graph & graph); // throws PF_ERR_INTERNAL when the backend fails
     void drop_graphs();      // needed when a tensor that graphs refer to is replaced
 
+    // Makes the compute buffer large enough for a graph that is not kept. Throws PF_ERR_MEMORY.
+    void reserve(Graph & graph);
+    uint64_t buffer_bytes() const { return buffer_bytes_; }
+
+    // Fills all of t; does nothing for an input that the graph turned out not to use.
+    void set(ggml_tensor * t, const void * data);
+    // Copies rows [first, first + n) of t, which is contiguous, to `out`.
+    void get(const ggml_tensor * t, int64_t first, int64_t n, void * out);
+
+    pf_counters counters = {};
+
   private:
     void start_threads(int n_threads);
-    void start(Graph & graph) const;
     void place(Graph & graph);
 
     // The pool outlives the backend that uses it.
@@ -80,8 +93,5 @@ class Compute {
 
 // Cores this process may run on.
 int available_cores();
-
-// Fills all of t; does nothing for an input that the graph turned out not to use.
-void set_input(ggml_tensor * t, const void * data);
 
 } // namespace pf

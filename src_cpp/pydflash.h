@@ -149,6 +149,7 @@ typedef struct pf_session_params {
     int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
     int32_t n_ring;    /* slots of the target-feature ring and of the drafter's context K/V ring */
     int32_t n_threads; /* 0: one per core this process may use */
+    int32_t budget; /* largest tree (nodes besides the root, 0 to 63) to set memory aside for; a run may ask for more */
 } pf_session_params;
 
 enum { PF_SHAPE_TREE = 0, PF_SHAPE_CHAIN = 1 };
@@ -177,6 +178,18 @@ typedef struct pf_step_result {
     double draft_ms, build_ms, verify_ms, accept_ms;
 } pf_step_result;
 
+/* What a session has moved and built since it was opened. */
+typedef struct pf_counters {
+    uint32_t size;
+    uint64_t n_set; /* copies from the host to where the session computes */
+    uint64_t bytes_set;
+    uint64_t n_get; /* and back */
+    uint64_t bytes_get;
+    uint64_t graphs_built; /* a graph is built once for its shape, and again when it has long not been used */
+    uint64_t graph_runs;
+    uint64_t buffers; /* allocated after opening: for a run whose budget is above the session's, for looking inside */
+} pf_counters;
+
 PF_API void pf_session_params_default(pf_session_params * params);
 PF_API void pf_generate_params_default(pf_generate_params * params);
 PF_API int pf_session_open(const pf_model * target, const pf_draft * draft /* may be NULL */,
@@ -185,6 +198,7 @@ PF_API void pf_session_free(pf_session * session);
 PF_API int pf_session_reset(pf_session * session); /* back to the empty timeline */
 PF_API int pf_session_n_ctx(const pf_session * session);
 PF_API int64_t pf_session_n_tokens(const pf_session * session); /* committed plus pending */
+PF_API int pf_session_counters(const pf_session * session, pf_counters * out);
 
 /* Extends the timeline. Everything but the last token is evaluated in chunks of n_batch; the last one becomes pending.
  * Give few tokens a call to show progress or to be interruptible in between. */

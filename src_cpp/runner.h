@@ -2,18 +2,14 @@
 // Owns the caches and the graphs, and knows how each graph's inputs are filled. It does not know in which order they are
 // wanted or how many tokens stand: every call is told the number of committed tokens.
 //
-// Graphs have one shape per (node count, KV bucket) and are built once; a run allocates nothing.
+// What travels in a step are embeddings and indices to the backend, and back what `pass` leaves for `read` and `draft`
+// gives. Graphs have one shape per (node count, KV bucket) and are built once; all memory is there from the start, unless
+// a run asks for a larger tree than the session was opened for.
 #pragma once
 
-#include <memory>
 #include <vector>
 
-#include "cache/mask.h"
-#include "cache/state.h"
-#include "compute.h"
-#include "model/drafter.h"
-#include "model/target.h"
-#include "pydflash.h"
+#include "step_graphs.h"
 
 namespace pf {
 
@@ -30,53 +26,45 @@ struct Nodes {
     }
 };
 
-// Node counts that graphs are built for: powers of two up to 64, then multiples of 64.
-int32_t node_bucket(int32_t n);
-
 class Runner {
   public:
     // drafter may be null. params has been checked.
     Runner(const Target & target, const Drafter * drafter, const pf_session_params & params);
-    ~Runner();
 
     int32_t max_nodes() const { return max_nodes_; } // of any pass
-    void clear();                                    // everything back to the empty timeline
+    void clear() { caches_.state.clear(); }          // everything back to the empty timeline
     void reserve_tree(int32_t n_nodes);              // room for trees of so many nodes
     void drop_graphs() { compute_.drop_graphs(); }
+    const pf_counters & counters() const { return compute_.counters; }
 
     // Evaluates nodes behind n committed tokens. With options.commit the real nodes are a chain and become committed.
-    // What comes back is valid until the next call.
+    // What comes back can be read until the next call.
     const PassOutputs & pass(const Nodes & nodes, int64_t n, const PassOptions & options);
     // Commits a path (root first) of the tree that the last pass over n_nodes nodes left behind.
     void commit(const int32_t * path, int32_t n_path, int32_t n_nodes, int64_t n);
     // Features of `count` committed positions from `first` on become context of the drafter.
     void append_context(int64_t first, int32_t count);
-    // Drafts the block behind a pending token at position n: logits [n_depth, n_vocab], valid until the next call.
-    const float * draft(int32_t pending, int64_t n, int32_t n_depth);
-    // An output where the host can read it. The CPU backend's memory is the host's.
-    const float * host_data(const ggml_tensor * t) const { return ggml_get_data_f32(t); }
+    // Drafts the block behind a pending token at position n: the n_rank likeliest tokens of each depth, likeliest first,
+    // with their log-probabilities, each [n_depth, n_rank]; ids of -1 where a depth's logits are unusable.
+    void draft(int32_t pending, int64_t n, int32_t n_depth, int32_t n_rank, int32_t * ids, float * logp);
+    // The same block's logits, [n_depth, n_vocab].
+    void draft_logits(int32_t pending, int64_t n, int32_t n_depth, float * out);
+    // Rows [first, first + n) of an output of the last pass.
+    void read(const ggml_tensor * t, int64_t first, int64_t n, void * out) { compute_.get(t, first, n, out); }
 
   private:
-    struct PassGraph;
-    struct CommitGraph;
-    struct AppendGraph;
-    struct DraftGraph;
-
+    template <class Shape>
+    typename Shape::Graph & graph(const Shape & shape);
+    int32_t * host(const ggml_tensor * index); // where the host has a graph's index tensor before it travels
     void fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t * path, int32_t n_path, int64_t n);
-    void fill_draft_mask(ggml_tensor * mask, bool sliding, int64_t n);
+    DraftGraph & run_draft(int32_t pending, int64_t n, int32_t n_depth, int32_t n_rank);
 
-    const Target & target_;
-    const Drafter * drafter_;
     int32_t max_nodes_;
     Compute compute_;
-    State state_;
-    Mask mask_;
-    std::unique_ptr<DraftCache> draft_cache_;
+    Caches caches_;
 
     std::vector<float> embd_; // work memory, sized once
-    std::vector<int32_t> i32_, path_;
-    std::vector<int64_t> i64_;
-    std::vector<ggml_fp16_t> draft_mask_;
+    std::vector<int32_t> indices_, path_, top_;
 };
 
 } // namespace pf

@@ -53,8 +53,16 @@ pf_session_params checked(const Target & target, pf_session_params p) {
                                                 " blocks; use f16 for the KV cache");
         }
     }
+    if (p.budget < 0 || p.budget >= PF_MAX_NODES) {
+        fail("budget is " + std::to_string(p.budget) + "; it must be 0 to " + std::to_string(PF_MAX_NODES - 1));
+    }
     p.n_ctx = p.n_ctx > 0 ? p.n_ctx : (int32_t) std::min<int64_t>(trained, 4096);
     return p;
+}
+
+[[noreturn]] void throw_unusable(const char * who) {
+    throw Error(PF_ERR_INTERNAL, std::string(who) + " produced logits that are not finite (NaN, +inf, or nothing above "
+                                                    "-inf); its weights are damaged or overflow");
 }
 
 } // namespace
@@ -67,11 +75,13 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
         top_ids_.resize((size_t) (drafter_->block_size * PF_MAX_NODES));
         top_logp_.resize(top_ids_.size());
     }
+    choice_.resize(2 * PF_MAX_NODES);
     for (auto * v : {&nodes_.token, &nodes_.parent, &nodes_.depth}) {
         v->resize((size_t) runner_.max_nodes());
     }
     pf_generate_params greedy;
     pf_generate_params_default(&greedy);
+    greedy.budget = given.budget;
     configure(greedy);
     reset();
 }
@@ -138,6 +148,7 @@ void Session::configure(const pf_generate_params & params) {
     if (drafter_ && params.shape == PF_SHAPE_CHAIN) {
         budget = std::min(budget, drafter_->block_size - 1); // a chain cannot be longer: no pads for what cannot be
     }
+    logits_.resize(sampler->greedy() ? 0 : (size_t) target_->n_vocab);
     runner_.reserve_tree(budget + 1);
     sampler_ = std::move(sampler);
     budget_ = budget;
@@ -207,15 +218,15 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         const int32_t room = (int32_t) std::min<int64_t>({n_ctx_ - n_tokens(), max_tokens, PF_MAX_NODES});
 
         // 1. Draft a block; look no deeper into it than what may still be said.
-        const size_t n_vocab = (size_t) target_->n_vocab;
         const int32_t block_depth = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
         const int32_t n_depth = std::min(block_depth, room - 1);
         const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
         if (n_depth > 0) {
-            const float * drafted = runner_.draft(pending_, n_, block_depth);
+            runner_.draft(pending_, n_, block_depth, n_rank, top_ids_.data(), top_logp_.data());
             for (int32_t d = 0; d < n_depth; ++d) {
-                top_k(drafted + (size_t) d * n_vocab, target_->n_vocab, n_rank, top_ids_.data() + d * n_rank,
-                      top_logp_.data() + d * n_rank);
+                if (top_ids_[(size_t) (d * n_rank)] < 0) {
+                    throw_unusable("the drafter");
+                }
             }
         }
         out.draft_ms = timer.lap_ms();
@@ -233,17 +244,29 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
                               : nodes_.set(i, pending_, -1, 0);
         }
         PassOptions options;
-        options.logits = true;
+        const bool greedy = sampler_->greedy();
+        options.head = greedy ? PassHead::choice : PassHead::logits;
         options.commit = nodes_.n == 1;
         options.taps = taps();
-        const float * logits = runner_.host_data(runner_.pass(nodes_, n_, options).logits); // [n_nodes, n_vocab]
+        const PassOutputs & verified = runner_.pass(nodes_, n_, options);
+        if (greedy) {
+            runner_.read(verified.choice, 0, tree_.n_nodes, choice_.data());
+        }
         out.verify_ms = timer.lap_ms();
 
         // 4. Accept along the target's own choices.
         accept(
             tree_, room,
             [&](int32_t node) {
-                return sampler_->sample(logits + (size_t) node * n_vocab, n_ + tree_.depth[node] + 1);
+                if (!greedy) {
+                    runner_.read(verified.logits, node, 1, logits_.data());
+                    return sampler_->sample(logits_.data(), n_ + tree_.depth[node] + 1);
+                }
+                const int32_t token = choice_[(size_t) (2 * node)];
+                if (token < 0) {
+                    throw_unusable("the model");
+                }
+                return token;
             },
             [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },
             accepted_);
@@ -287,12 +310,11 @@ void Session::logits(const int32_t * ids, uint64_t n, float * out) {
     reset();
     check_room(n);
     PassOptions options;
-    options.logits = true;
+    options.head = PassHead::logits;
     const size_t row = (size_t) target_->n_vocab;
     reset_on_error([&] {
         evaluate(ids, n, options, [&](const PassOutputs & pass, uint64_t first, size_t count) {
-            const float * logits = runner_.host_data(pass.logits);
-            std::copy(logits, logits + count * row, out + first * row);
+            runner_.read(pass.logits, 0, (int64_t) count, out + first * row);
         });
     });
     reset();
@@ -321,8 +343,7 @@ void Session::hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t>
         evaluate(ids, n, options, [&](const PassOutputs & pass, uint64_t first, size_t count) {
             for (size_t l = 0; l < layers.size(); ++l) {
                 for (size_t i = 0; i < count; ++i) {
-                    ggml_backend_tensor_get(pass.hidden[l], out + ((first + i) * layers.size() + l) * width,
-                                            i * width * sizeof(float), width * sizeof(float));
+                    runner_.read(pass.hidden[l], (int64_t) i, 1, out + ((first + i) * layers.size() + l) * width);
                 }
             }
         });
@@ -341,11 +362,7 @@ void Session::draft_logits(const int32_t * ids, uint64_t n, float * out) {
     check_ids(ids, n);
     reset();
     append(ids, n);
-    reset_on_error([&] {
-        const int32_t n_depth = drafter_->block_size - 1;
-        const float * logits = runner_.draft(pending_, n_, n_depth);
-        std::copy(logits, logits + (size_t) n_depth * (size_t) target_->n_vocab, out);
-    });
+    reset_on_error([&] { runner_.draft_logits(pending_, n_, drafter_->block_size - 1, out); });
     reset();
 }
 

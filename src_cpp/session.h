@@ -23,6 +23,7 @@ class Session {
 
     int32_t n_ctx() const { return (int32_t) n_ctx_; }
     int64_t n_tokens() const { return n_ + (pending_ >= 0 ? 1 : 0); }
+    const pf_counters & counters() const { return runner_.counters(); }
 
     void reset();
     void append(const int32_t * ids, uint64_t n);
@@ -61,9 +62,11 @@ class Session {
     Accepted accepted_;
     bool uncommitted_ = false;
 
-    Nodes nodes_; // work memory, sized once
-    std::vector<int32_t> top_ids_;
+    Nodes nodes_;                  // work memory, sized once
+    std::vector<int32_t> top_ids_; // [n_depth, n_rank], what was drafted
     std::vector<float> top_logp_;
+    std::vector<int32_t> choice_; // [N, 2], greedy: the likeliest token at each node
+    std::vector<float> logits_;   // [n_vocab], when sampling: of the node being visited
 };
 
 } // namespace pf

@@ -44,38 +44,38 @@ ggml_tensor * rotate(const GraphBuilder & b, ggml_tensor * hadamard, ggml_tensor
     return ggml_reshape_4d(b.ctx, y, x->ne[0], x->ne[1], x->ne[2], x->ne[3]);
 }
 
-State::State(const StateShape & shape_in, const StateParams & params_in, ggml_backend_t backend)
-    : shape(shape_in), params(params_in), backend_(backend) {
+State::State(const StateShape & shape_in, const StateParams & params_in, const Memory & memory)
+    : shape(shape_in), params(params_in), memory_(memory) {
     n_rows = round_up(params.n_ctx + PF_MAX_NODES, kv_granule);
     rotate_k = PF_ROTATE_KV && params.type_k == GGML_TYPE_Q4_0;
     rotate_v = PF_ROTATE_KV && params.type_v == GGML_TYPE_Q4_0;
 
-    memory_ = TensorBlock((size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 2 + 3);
+    block_ = TensorBlock((size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 2 + 3);
     const int64_t n_kv_row = (int64_t) shape.head_dim * shape.n_head_kv;
     for (int i = 0; i < shape.n_attn; ++i) {
-        k.push_back(memory_.add(params.type_k, n_kv_row, n_rows));
-        v.push_back(memory_.add(params.type_v, n_kv_row, n_rows));
+        k.push_back(block_.add(params.type_k, n_kv_row, n_rows));
+        v.push_back(block_.add(params.type_v, n_kv_row, n_rows));
     }
     for (int i = 0; i < shape.n_recurrent; ++i) {
-        s.push_back(memory_.add(GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
-        conv.push_back(memory_.add(GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
+        s.push_back(block_.add(GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
+        conv.push_back(block_.add(GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
     }
     if (params.n_taps > 0) {
-        ring = memory_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
+        ring = block_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
     }
     if (rotate_k && shape.n_attn > 0) {
         const int64_t n = largest_power_of_two_divisor(shape.head_dim);
-        hadamard_k = memory_.add(GGML_TYPE_F32, n, n);
+        hadamard_k = block_.add(GGML_TYPE_F32, n, n);
     }
     if (rotate_v && shape.n_attn > 0) {
         const int64_t n = std::min<int64_t>(64, largest_power_of_two_divisor(shape.head_dim));
-        hadamard_v = memory_.add(GGML_TYPE_F32, n, n);
+        hadamard_v = block_.add(GGML_TYPE_F32, n, n);
     }
-    memory_.allocate(backend, "the session's caches");
-    if (hadamard_k) {
+    block_.allocate(memory, "the session's caches");
+    if (hadamard_k && !memory.planned) {
         fill_hadamard(hadamard_k);
     }
-    if (hadamard_v) {
+    if (hadamard_v && !memory.planned) {
         fill_hadamard(hadamard_v);
     }
 }
@@ -90,7 +90,7 @@ void State::reserve_tree(int n_nodes) {
         new_x.push_back(block.add(GGML_TYPE_F32, shape.channels, n_nodes));
     }
     if (shape.n_recurrent > 0) {
-        block.allocate(backend_, "the scratch of verified trees");
+        block.allocate(memory_, "the scratch of verified trees");
     }
     scratch_ = std::move(block);
     tree_k = std::move(new_k);

@@ -40,14 +40,14 @@ struct CommitInputs {
     ggml_tensor * conv_tail = nullptr; // [K-1] i32, the nodes that may become convolution columns
     ggml_tensor * conv_from = nullptr; // [K-1] i32, rows of (old state | tail) that the new state takes
     ggml_tensor * kv_from = nullptr;   // [N] i32 rows; null when nothing moves
-    ggml_tensor * kv_to = nullptr;     // [N] i64
+    ggml_tensor * kv_to = nullptr;     // [N] i32
     ggml_tensor * ring_from = nullptr; // [N] i32
-    ggml_tensor * ring_to = nullptr;   // [N] i64
+    ggml_tensor * ring_to = nullptr;   // [N] i32
 };
 
 class State {
   public:
-    State(const StateShape & shape, const StateParams & params, ggml_backend_t backend);
+    State(const StateShape & shape, const StateParams & params, const Memory & memory);
     State(const State &) = delete;
     State & operator=(const State &) = delete;
 
@@ -75,6 +75,9 @@ class State {
     // Graphs that refer to the scratch must be dropped first. Throws PF_ERR_MEMORY and keeps the old scratch.
     void reserve_tree(int n_nodes);
 
+    uint64_t cache_bytes() const { return block_.n_bytes(); }
+    uint64_t tree_bytes() const { return scratch_.n_bytes(); }
+
     // Recurrent state back to the beginning; KV rows need no clearing, since no mask opens them.
     void clear();
 
@@ -87,8 +90,8 @@ class State {
     void commit_tree(const GraphBuilder & b, int n_nodes, const CommitInputs & in) const;
 
   private:
-    ggml_backend_t backend_;
-    TensorBlock memory_;
+    Memory memory_;
+    TensorBlock block_;
     TensorBlock scratch_;
 };
 

@@ -3,6 +3,7 @@
 #include <string>
 
 #include "error.h"
+#include "ggml-alloc.h"
 
 namespace pf {
 
@@ -21,6 +22,7 @@ TensorBlock::~TensorBlock() {
 TensorBlock & TensorBlock::operator=(TensorBlock && other) noexcept {
     std::swap(ctx_, other.ctx_);
     std::swap(buffer_, other.buffer_);
+    std::swap(n_bytes_, other.n_bytes_);
     return *this;
 }
 
@@ -28,15 +30,19 @@ ggml_tensor * TensorBlock::add(ggml_type type, int64_t ne0, int64_t ne1, int64_t
     return ggml_new_tensor_3d(ctx_, type, ne0, ne1, ne2);
 }
 
-void TensorBlock::allocate(ggml_backend_t backend, const char * what) {
-    buffer_ = ggml_backend_alloc_ctx_tensors(ctx_, backend);
-    if (!buffer_) {
-        uint64_t need = 0;
+void TensorBlock::allocate(const Memory & memory, const char * what) {
+    n_bytes_ = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx_, memory.type);
+    if (memory.planned) {
+        buffer_ = ggml_backend_buft_alloc_buffer(memory.type, 0);
         for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
-            need += ggml_nbytes(t);
+            t->buffer = buffer_; // to the graph allocator a tensor that has its place
         }
+        return;
+    }
+    buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(ctx_, memory.type);
+    if (!buffer_) {
         throw Error(PF_ERR_MEMORY,
-                    std::string(what) + " need " + std::to_string(need >> 20) +
+                    std::string(what) + " need " + std::to_string(n_bytes_ >> 20) +
                         " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "
                         "or a smaller kv_type");
     }

@@ -8,6 +8,12 @@
 
 namespace pf {
 
+// Where tensors go. Planned memory is none: tensors have their shapes, and graphs over them can be built and measured.
+struct Memory {
+    ggml_backend_buffer_type_t type;
+    bool planned = false;
+};
+
 // Cache rows and the views that graphs take of them grow in these steps, so that graphs repeat.
 constexpr int64_t kv_granule = 256;
 
@@ -26,11 +32,13 @@ class TensorBlock {
 
     ggml_tensor * add(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2 = 1);
     // Zeroed memory for all of them; `what` begins the sentence when there is none.
-    void allocate(ggml_backend_t backend, const char * what);
+    void allocate(const Memory & memory, const char * what);
+    uint64_t n_bytes() const { return n_bytes_; } // allocated or planned
 
   private:
     ggml_context * ctx_ = nullptr;
     ggml_backend_buffer_t buffer_ = nullptr;
+    uint64_t n_bytes_ = 0;
 };
 
 } // namespace pf

@@ -157,11 +157,6 @@ bool GgufFile::has(std::string_view key) const {
     return impl_->find(key) != nullptr;
 }
 
-bool GgufFile::is_array(std::string_view key) const {
-    const GgufValue * value = impl_->find(key);
-    return value && value->is_array;
-}
-
 int64_t GgufFile::get_int(std::string_view key, int64_t lo, int64_t hi) const {
     const GgufValue & value = impl_->need(key);
     if (value.is_array || !is_integer(value.type)) {

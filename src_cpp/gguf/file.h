@@ -30,7 +30,6 @@ class GgufFile {
     uint64_t size() const;
 
     bool has(std::string_view key) const;
-    bool is_array(std::string_view key) const; // false when absent
     // The value of a key; a missing key or one of another type is a PF_ERR_FORMAT that names both. Integers come from
     // any integer type, range-checked to [lo, hi]; floats from f32 or f64, finite as a float too; the forms with a
     // default return it when the key is absent.

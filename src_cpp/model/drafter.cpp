@@ -2,20 +2,27 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 
 #include "error.h"
+#include "ggml-tree.h"
 
 namespace pf {
 
-DraftCache::DraftCache(int n_layer, int64_t n_kv_row, int32_t block, int64_t ring, ggml_type type,
-                       ggml_backend_t backend)
-    : block_size(block), n_ring(ring), n_slots(round_up(block + ring + 1, kv_granule)), block_((size_t) n_layer * 2) {
-    for (int i = 0; i < n_layer; ++i) {
+DraftCache::DraftCache(const Drafter & drafter, int64_t ring, ggml_type type, const Memory & memory)
+    : block_size(drafter.block_size), n_ring(ring), n_slots(round_up(block_size + ring + 1, kv_granule)),
+      block_((size_t) drafter.n_layer * 2 + 1) {
+    const int64_t n_kv_row = (int64_t) drafter.n_head_kv * drafter.head_dim;
+    for (int i = 0; i < drafter.n_layer; ++i) {
         k.push_back(block_.add(type, n_kv_row, n_slots));
         v.push_back(block_.add(type, n_kv_row, n_slots));
     }
-    block_.allocate(backend, "the drafter's context cache");
+    mask_embd = block_.add(GGML_TYPE_F32, drafter.target().n_embd, 1);
+    block_.allocate(memory, "the drafter's context cache");
+    if (!memory.planned) {
+        std::vector<float> row((size_t) drafter.target().n_embd);
+        drafter.embed(drafter.mask_token_id, row.data());
+        ggml_backend_tensor_set(mask_embd, row.data(), 0, row.size() * sizeof(float));
+    }
 }
 
 std::shared_ptr<const Drafter> Drafter::open(const std::string & path, std::shared_ptr<const Target> target) {
@@ -149,7 +156,6 @@ void Drafter::load_layers() {
         const std::string p = "blk." + std::to_string(i) + ".";
         Layer l;
         l.sliding = pattern[(size_t) i] != 0;
-        (l.sliding ? any_sliding : any_full) = true;
         l.attn_norm = w.vector(p + "attn_norm.weight", n_embd);
         l.q_norm = w.vector(p + "attn_q_norm.weight", head_dim);
         l.k_norm = w.vector(p + "attn_k_norm.weight", head_dim);
@@ -165,26 +171,8 @@ void Drafter::load_layers() {
     }
 }
 
-void Drafter::embed_block(int32_t token, float * out) const {
-    const int64_t n_embd = target_->n_embd;
-    const int32_t ids[2] = {token, mask_token_id};
-    embed_rows(token_embd_ ? token_embd_ : target_->token_embd(), ids, 2, out);
-    for (int32_t s = 2; s < block_size; ++s) {
-        std::memcpy(out + s * n_embd, out + n_embd, (size_t) n_embd * sizeof(float));
-    }
-}
-
-// As the reference does it: a sliding layer looks back fewer than `window` positions (and, when not causal, as far ahead);
-// sliding layers are causal in the block and full ones are not, unless the file says the same for all.
-bool Drafter::sees(bool sliding, int64_t p_query, int64_t p_key, bool key_in_block) const {
-    const bool causal = causal_ >= 0 ? causal_ == 1 : sliding;
-    if (key_in_block && causal && p_key > p_query) {
-        return false;
-    }
-    if (sliding && (p_query - p_key >= window_ || (!causal && p_key - p_query >= window_))) {
-        return false;
-    }
-    return true;
+void Drafter::embed(int32_t token, float * out) const {
+    embed_rows(token_embd_ ? token_embd_ : target_->token_embd(), &token, 1, out);
 }
 
 void Drafter::build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * feature_ring,
@@ -203,11 +191,21 @@ void Drafter::build_append(const GraphBuilder & b, const AppendInputs & in, ggml
     }
 }
 
+ggml_tensor * Drafter::build_mask(const GraphBuilder & b, const DraftInputs & in, int64_t n_kv, int64_t n_ring,
+                                  bool sliding) const {
+    const bool causal = causal_ >= 0 ? causal_ == 1 : sliding;
+    return ggml_block_mask(b.ctx, in.n_committed, n_kv, block_size, n_ring, sliding ? window_ : 0, causal);
+}
+
 ggml_tensor * Drafter::build_draft(const GraphBuilder & b, const DraftInputs & in, int64_t n_kv, int32_t n_depth,
                                    const DraftCache & cache) const {
     ggml_context * ctx = b.ctx;
     const int64_t n = block_size, d = head_dim, row = d * n_head_kv;
-    ggml_tensor * h = embedding_scale_ == 1.0f ? in.embd : ggml_scale(ctx, in.embd, embedding_scale_);
+    ggml_tensor * mask[2] = {}; // of full and of sliding layers, [n_kv, block_size] f16
+    ggml_tensor * h = ggml_concat(ctx, in.embd, ggml_repeat_4d(ctx, cache.mask_embd, in.embd->ne[0], n - 1, 1, 1), 1);
+    if (embedding_scale_ != 1.0f) {
+        h = ggml_scale(ctx, h, embedding_scale_);
+    }
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer & l = layers_[i];
         ggml_tensor * x = b.rms_norm(h, l.attn_norm, eps_);
@@ -222,9 +220,10 @@ ggml_tensor * Drafter::build_draft(const GraphBuilder & b, const DraftInputs & i
         const auto slots = [&](ggml_tensor * t) { // [d, n_kv, n_head_kv]
             return ggml_view_3d(ctx, t, d, n_kv, n_head_kv, t->nb[1], ggml_row_size(t->type, d), 0);
         };
-        ggml_tensor * o =
-            ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), slots(cache.k[i]), slots(cache.v[i]),
-                                l.sliding ? in.mask_sliding : in.mask_full, attention_scale_, 0.0f, 0.0f);
+        ggml_tensor *& m = mask[l.sliding];
+        m = m ? m : build_mask(b, in, n_kv, cache.n_ring, l.sliding);
+        ggml_tensor * o = ggml_flash_attn_ext(ctx, ggml_permute(ctx, q, 0, 2, 1, 3), slots(cache.k[i]),
+                                              slots(cache.v[i]), m, attention_scale_, 0.0f, 0.0f);
         h = ggml_add(ctx, h, b.linear(l.out, ggml_reshape_2d(ctx, o, d * n_head_, n)));
         h = ggml_add(ctx, h, b.swiglu_ffn(b.rms_norm(h, l.ffn_norm, eps_), l.gate, l.up, l.down));
     }
@@ -236,7 +235,7 @@ ggml_tensor * Drafter::build_draft(const GraphBuilder & b, const DraftInputs & i
     if (softcap_ > 0.0f) {
         logits = ggml_scale(ctx, ggml_tanh(ctx, ggml_scale(ctx, logits, 1.0f / softcap_)), softcap_);
     }
-    return b.output(logits);
+    return logits;
 }
 
 } // namespace pf

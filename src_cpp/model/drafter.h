@@ -2,7 +2,8 @@
 // states. It has no embedding and no head of its own unless the file brings them; the target's are used.
 //
 // Its memory is the context K/V ring: keys and values of each committed position, computed once, kept at absolute
-// positions in slot `block_size + p % n_ring`. The first block_size slots belong to the block being drafted.
+// positions in slot `block_size + p % n_ring`. The first block_size slots belong to the block being drafted. Beside it
+// lies the embedding of MASK, which all slots of a block but the first begin with.
 #pragma once
 
 #include <memory>
@@ -14,11 +15,12 @@
 
 namespace pf {
 
+class Drafter;
+
 // The drafter's context K/V ring of one session.
 class DraftCache {
   public:
-    DraftCache(int n_layer, int64_t n_kv_row, int32_t block_size, int64_t n_ring, ggml_type type,
-               ggml_backend_t backend);
+    DraftCache(const Drafter & drafter, int64_t n_ring, ggml_type type, const Memory & memory);
     DraftCache(const DraftCache &) = delete;
     DraftCache & operator=(const DraftCache &) = delete;
 
@@ -26,9 +28,11 @@ class DraftCache {
     int64_t n_ring;
     int64_t n_slots;                 // block, ring and one slot for pads; a multiple of 256
     std::vector<ggml_tensor *> k, v; // [n_head_kv * head_dim, n_slots] a layer
+    ggml_tensor * mask_embd;         // [n_embd] f32
 
     int64_t slot(int64_t pos) const { return block_size + pos % n_ring; }
     int64_t pad_slot() const { return block_size + n_ring; }
+    uint64_t n_bytes() const { return block_.n_bytes(); }
 
   private:
     TensorBlock block_;
@@ -37,14 +41,13 @@ class DraftCache {
 struct AppendInputs {
     ggml_tensor * ring_rows = nullptr; // [R] i32, rows of the feature ring
     ggml_tensor * pos = nullptr;       // [R] i32
-    ggml_tensor * slots = nullptr;     // [R] i64
+    ggml_tensor * slots = nullptr;     // [R] i32
 };
 
 struct DraftInputs {
-    ggml_tensor * embd = nullptr;         // [n_embd, block_size] f32: pending token, then MASK
-    ggml_tensor * pos = nullptr;          // [block_size] i32
-    ggml_tensor * mask_full = nullptr;    // [n_kv, block_size] f16; null when no layer wants it
-    ggml_tensor * mask_sliding = nullptr; // likewise
+    ggml_tensor * embd = nullptr;        // [n_embd] f32, of the pending token
+    ggml_tensor * pos = nullptr;         // [block_size] i32
+    ggml_tensor * n_committed = nullptr; // [1] i32
 };
 
 class Drafter {
@@ -57,15 +60,11 @@ class Drafter {
     int32_t mask_token_id = 0;
     int n_head_kv = 0, head_dim = 0;
     std::vector<int32_t> taps; // tap k is the input of target layer k
-    bool any_full = false, any_sliding = false;
 
     const Weights & weights() const { return *weights_; }
     const Target & target() const { return *target_; }
-    // The block [token, MASK ...], [block_size, n_embd] f32.
-    void embed_block(int32_t token, float * out) const;
-
-    // Is the key at position (or block slot) visible to block slot `slot`? p_query = n + slot.
-    bool sees(bool sliding, int64_t p_query, int64_t p_key, bool key_in_block) const;
+    // [n_embd] f32, as the drafter embeds it.
+    void embed(int32_t token, float * out) const;
 
     // Features of R committed positions become keys and values in the ring.
     void build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * feature_ring,
@@ -84,6 +83,8 @@ class Drafter {
     Drafter(std::unique_ptr<Weights> weights, std::shared_ptr<const Target> target);
     void load_sizes();
     void load_layers();
+    ggml_tensor * build_mask(const GraphBuilder & b, const DraftInputs & in, int64_t n_kv, int64_t n_ring,
+                             bool sliding) const;
 
     std::unique_ptr<Weights> weights_;
     std::shared_ptr<const Target> target_;

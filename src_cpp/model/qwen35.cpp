@@ -63,8 +63,8 @@ class Qwen35 final : public Target {
             h = ggml_add(b.ctx, h, b.swiglu_ffn(x, layer.gate, layer.up, layer.down));
         }
         tap(b, n_layer, h, in, state, options, out);
-        if (options.logits) {
-            out.logits = b.output(b.linear(output, b.rms_norm(h, output_norm_, eps_)));
+        if (options.head != PassHead::none) {
+            out.logits = b.linear(output, b.rms_norm(h, output_norm_, eps_));
         }
     }
 

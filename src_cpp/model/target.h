@@ -19,20 +19,25 @@ struct PassInputs {
     ggml_tensor * embd = nullptr;      // [n_embd, N] f32
     ggml_tensor * pos = nullptr;       // [N] i32, n + depth
     ggml_tensor * parent = nullptr;    // [N] i32
-    ggml_tensor * kv_rows = nullptr;   // [N] i64, cache row of each node
+    ggml_tensor * kv_rows = nullptr;   // [N] i32, cache row of each node
     ggml_tensor * mask = nullptr;      // [n_kv, N] f16
-    ggml_tensor * ring_rows = nullptr; // [N] i64, ring slot of each node
+    ggml_tensor * ring_rows = nullptr; // [N] i32, ring slot of each node
 };
+
+// What a pass says of every node: nothing, the likeliest token alone, or all of its logits.
+enum class PassHead { none, choice, logits };
 
 struct PassOptions {
     bool commit = false; // the accepted path is known beforehand: advance the state inside the graph
-    bool logits = false; // of every node
+    PassHead head = PassHead::none;
     const std::vector<int32_t> * taps = nullptr;    // layers whose input goes to the ring
     const std::vector<int32_t> * capture = nullptr; // layers whose input is an output of the graph
 };
 
 struct PassOutputs {
-    ggml_tensor * logits = nullptr;    // [n_vocab, N] f32
+    ggml_tensor * logits = nullptr; // [n_vocab, N] f32; can be read after the pass where PassHead says so
+    ggml_tensor * choice =
+        nullptr; // [2, N] i32: the likeliest token (-1: its logits are unusable), and its log-probability
     std::vector<ggml_tensor *> hidden; // [n_embd, N] f32 each
 };
 
