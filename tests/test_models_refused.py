@@ -241,3 +241,14 @@ def test_weights_that_are_not_finite_end_in_a_sentence(tmp_path: Path) -> None:
         pytest.raises(PydflashError, match="not finite"),
     ):
         session.generate([1, 2], max_tokens=4)
+
+
+def test_a_drafter_whose_weights_are_not_finite_ends_in_a_sentence(tmp_path: Path) -> None:
+    draft = TinyDraft.of(TARGET)
+    tensors = dict(draft.tensors())
+    tensors["output_norm.weight"] = np.full_like(tensors["output_norm.weight"], np.inf)
+    path = write_gguf(tmp_path / "inf.gguf", "dflash", draft.gguf_keys(), tensors)
+    with pydflash.Session(TARGET.write(tmp_path / "target.gguf"), path, n_ctx=64, n_threads=1) as session:
+        with pytest.raises(PydflashError, match=r"the drafter produced logits that are not finite"):
+            session.generate([1, 2], max_tokens=4)
+        assert session.generate([1, 2], max_tokens=4, budget=0).ids  # the target's are
