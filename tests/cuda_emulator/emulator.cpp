@@ -301,6 +301,8 @@ uint64_t collective(int operation, Site site, uint32_t mask, uint64_t value, uns
 
 } // namespace
 
+bool (*other_device)(const LaunchRecord & launch) = nullptr;
+
 const Thread & self() {
     return *running;
 }

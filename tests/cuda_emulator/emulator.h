@@ -72,6 +72,18 @@ void set_order(Order order, uint64_t seed);
 
 void run(dim3 grid, dim3 block, const std::function<void()> & thread);
 
+// What runs launches in place of the fibers while it is set: another account of the device under the same host code. It
+// gets a kernel's address and its arguments as the kernel takes them; false ends the launch with a Fault.
+struct LaunchRecord {
+    const void * kernel;
+    dim3 grid, block;
+    size_t n_dynamic_shared;
+    size_t n_arguments;
+    const void * const * arguments;
+    const size_t * sizes;
+};
+extern bool (*other_device)(const LaunchRecord & launch);
+
 // kernel<<<grid, block, n_shared, stream>>>(arguments...)
 struct Launch {
     dim3 grid, block;
@@ -80,10 +92,23 @@ struct Launch {
 
     template <typename... Parameters, typename... Arguments>
     void operator()(void (*kernel)(Parameters...), Arguments &&... arguments) const {
+        const std::tuple<std::decay_t<Parameters>...> copies(std::forward<Arguments>(arguments)...);
+        if (other_device) {
+            std::apply(
+                [&](const auto &... copy) {
+                    const void * const pointers[] = {&copy...};
+                    const size_t sizes[] = {sizeof(copy)...};
+                    if (!other_device(
+                            {(const void *) kernel, grid, block, n_dynamic_shared, sizeof...(copy), pointers, sizes})) {
+                        fail("a launch on the other device failed");
+                    }
+                },
+                copies);
+            return;
+        }
         if (n_dynamic_shared != 0) {
             fail("dynamic shared memory is not emulated");
         }
-        const std::tuple<std::decay_t<Parameters>...> copies(std::forward<Arguments>(arguments)...);
         run(grid, block, [&] { std::apply(kernel, copies); });
     }
 };

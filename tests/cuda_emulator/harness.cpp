@@ -18,14 +18,26 @@ constexpr size_t canary_size = 256;
 #endif
 constexpr unsigned char canary = 0xa5;
 
+// An allocation as another device sees it (emulator_on_other_device).
+struct Allocation {
+    const void * data;
+    size_t n;
+    bool given, writable; // has content; may be written
+};
+std::map<const void *, Allocation> allocations;
+
 class DeviceMemory {
   public:
     explicit DeviceMemory(size_t n) : n_(n), bytes_((char *) std::aligned_alloc(canary_size ? 256 : 16, padded(n))) {
         memset(bytes_, canary, canary_size);
         memset(data(), 0xff, n);
         memset(data() + n, canary, canary_size);
+        allocations[data()] = {data(), n, false, true};
     }
-    ~DeviceMemory() { std::free(bytes_); }
+    ~DeviceMemory() {
+        allocations.erase(data());
+        std::free(bytes_);
+    }
     DeviceMemory(const DeviceMemory &) = delete;
 
     char * data() const { return bytes_ + canary_size; }
@@ -83,9 +95,12 @@ void compute(ggml_tensor * node) {
         operands[i] = *node->src[i];
         operands[i].data = memory[i]->data();
         copy.src[i] = &operands[i];
+        allocations[operands[i].data].given = true;
+        allocations[operands[i].data].writable = false;
         if (node->view_src && node->src[i]->data == node->data) {
             in_place = node->src[i];
             copy.data = operands[i].data;
+            allocations[copy.data].writable = true;
         }
     }
     if (!in_place) {
@@ -125,6 +140,23 @@ extern "C" const char * emulator_compute(ggml_tensor * node, int order, uint64_t
         sentence = error.what();
         return sentence.c_str();
     }
+}
+
+// Launches go to `device` until this is called again, with nullptr for the fibers.
+extern "C" void emulator_on_other_device(bool (*device)(const emulator::LaunchRecord &)) {
+    emulator::other_device = device;
+}
+
+// The device memory that is allocated now: up to `n` of all of them. Returns how many there are.
+extern "C" size_t emulator_allocations(Allocation * list, size_t n) {
+    size_t i = 0;
+    for (const auto & [_, allocation] : allocations) {
+        if (i < n) {
+            list[i] = allocation;
+        }
+        ++i;
+    }
+    return i;
 }
 
 // -- what ggml-cuda.cu has for the ops ---------------------------------------------------------------------------------

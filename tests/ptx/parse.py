@@ -194,8 +194,6 @@ class Module:
                 at = top.end() if top[1] else self._text.index(";", at) + 1  # tables: naming one is refused
             else:
                 raise UnsupportedError(f"directive: {self._text[at : at + 80]!r}")
-        if not self._entries:
-            raise PtxError("the PTX holds no kernel")
 
     def _skip_space(self, at: int) -> int:
         match = SPACE.match(self._text, at)

@@ -1,8 +1,9 @@
 """Arithmetic: an opcode that only computes -> the types of its operands and a function over numpy arrays.
 
 Owns the meaning of every such opcode; `meaning` is its only door, and returns None for an opcode it does not hold. It
-refuses (UnsupportedError) a modifier it does not know. Arrays hold one element a lane. f32 results are computed in float64 where that makes
-the single rounding that PTX asks for (fma, approximations); .ftz flushes subnormal operands and results to zero.
+refuses (UnsupportedError) a modifier it does not know. Arrays hold one element a lane. f32 results are computed in
+float64 where that makes the single rounding that PTX asks for (fma, approximations); .ftz flushes subnormal operands
+and results to zero.
 """
 
 from __future__ import annotations

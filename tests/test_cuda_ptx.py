@@ -1,0 +1,289 @@
+"""The PTX that nvcc makes of our CUDA kernels, interpreted behind the backend's real host dispatch, against float64.
+
+Also what ptxas says of every kernel on every architecture: no spills, and enough blocks on a multiprocessor. One
+compilation serves all of it. Problems and references are those of test_tree_ops.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+
+from tests import cuda_emulator
+from tests.ggml_ops import library_folder
+from tests.ptx import Module, OutOfBoundsError, PtxError, RaceError, UninitialisedError
+from tests.ptx.dispatch import Interpreter
+from tests.test_cuda_kernels import EmulatedGgml, random_tree
+from tests.test_tree_ops import (
+    ancestors,
+    assert_close,
+    binary,
+    chain,
+    comb,
+    convolve,
+    make,
+    make_conv,
+    replay,
+    run_conv,
+    run_persist,
+    run_tree,
+)
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+GGML_BASE = library_folder() / "libpydflash-ggml-base.so"
+
+
+def load_script(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kernel_table = load_script("kernel_table")
+cuda_toolchain = load_script("cuda_toolchain")
+
+
+@pytest.fixture(scope="module")
+def nvcc() -> Path:
+    try:
+        path: Path = cuda_toolchain.find().nvcc
+    except cuda_toolchain.ToolchainError as error:
+        pytest.skip(f"needs CUDA's compiler (the extra `cuda`): {error}")
+    return path
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cuda_emulator.lay_out(tmp_path_factory.mktemp("fork"))
+
+
+@pytest.fixture(scope="module")
+def compiled(nvcc: Path, fork: Path, tmp_path_factory: pytest.TempPathFactory) -> kernel_table.Compiled:
+    """All our units for all architectures."""
+    return kernel_table.compile_units(nvcc, fork, tmp_path_factory.mktemp("ptx"))
+
+
+@pytest.fixture(scope="module")
+def library(nvcc: Path, fork: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The host's half of our units."""
+    return cuda_emulator.compile_library(tmp_path_factory.mktemp("host"), fork, ggml_base=GGML_BASE)
+
+
+def interpreted(library: Path, compiled: kernel_table.Compiled, change: Callable[[str], str] = str) -> EmulatedGgml:
+    """ggml on interpreted kernels; `change` may put a fault into the PTX."""
+    ggml = EmulatedGgml(library)
+    ggml.emulator = Interpreter(library, map(change, compiled.ptx.values()))
+    return ggml
+
+
+@pytest.fixture(scope="module")
+def cuda(library: Path, compiled: kernel_table.Compiled) -> EmulatedGgml:
+    return interpreted(library, compiled)
+
+
+def launched(cuda: EmulatedGgml) -> str:
+    """The kernel that ran last, as it is written in the source."""
+    assert isinstance(cuda.emulator, Interpreter)
+    return str(kernel_table.plain_name(cuda.emulator.launches[-1][0]))
+
+
+# -- what the kernels compute -------------------------------------------------------------------------------------
+
+
+def check_tree(cuda: EmulatedGgml, **shape: object) -> None:
+    p = make(**shape)  # type: ignore[arg-type]
+    for actual, expected in zip(run_tree(cuda, p), replay(p)[:2], strict=True):
+        assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
+@pytest.mark.parametrize("n", [5, 23, 64])
+def test_tree(cuda: EmulatedGgml, d: int, n: int) -> None:
+    """Every instance of the kernel, on a part-filled last block of columns."""
+    check_tree(cuda, parent=binary(n), d=d, dv=48, hk=1, hv=2, seed=n)
+    n_max = min(m for m in (8, 32, 64) if n <= m)
+    assert launched(cuda) == f"delta_net_tree<{d}, {n_max}>"
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_trees(cuda: EmulatedGgml, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    parent = random_tree(int(rng.integers(1, 65)), rng)
+    check_tree(cuda, parent=parent, d=32, dv=16, hk=2, hv=3, decay=float(rng.choice([0.01, 1.0, 10.0])), seed=seed)
+
+
+@pytest.mark.parametrize("n", [65, 130])
+def test_chains_longer_than_a_tree(cuda: EmulatedGgml, n: int) -> None:
+    check_tree(cuda, parent=chain(n), d=32, dv=48, hk=1, hv=1, decay=0.05)
+
+
+@pytest.mark.parametrize("d", [16, 32, 64, 128])
+def test_persist(cuda: EmulatedGgml, d: int) -> None:
+    p = make(comb(30), d=d, dv=48, hk=1, hv=2)
+    path = ancestors(p.parent, 28)
+    assert_close(run_persist(cuda, p, [*path, -1, 99, -1]), replay(p)[2][28])
+    assert launched(cuda) == f"delta_net_persist<{d}>"
+
+
+def test_empty_path_keeps_the_state(cuda: EmulatedGgml) -> None:
+    p = make(chain(5), d=16)
+    assert run_persist(cuda, p, [-1, -1]).tobytes() == p.state.tobytes()
+
+
+@pytest.mark.parametrize("n_taps", [2, 4, 16])
+@pytest.mark.parametrize(("channels", "n"), [(130, 23), (16, 1)])
+def test_convolution(cuda: EmulatedGgml, n_taps: int, channels: int, n: int) -> None:
+    operands = make_conv(comb(n), channels, n_taps, n)
+    assert_close(run_conv(cuda, *operands, comb(n)), convolve(*operands, comb(n)))
+    assert launched(cuda) == f"conv_tree<{4 if n_taps == 4 else 0}>"
+
+
+# -- tests of the tests: faults put into the PTX ------------------------------------------------------------------
+
+FAULTY = r"14delta_net_treeILi32ELi32E"  # delta_net_tree<32, 32>: two tiles of keys
+
+
+def body_of(text: str, kernel: str) -> tuple[int, int]:
+    """Where the body of the kernel begins and ends."""
+    start = text.index("\n{", re.search(rf"\.entry \w*{kernel}", text).start())  # type: ignore[union-attr]
+    return start, text.index("\n}", start)
+
+
+def faulty(pattern: str, replacement: str, nth: int | None = None) -> Callable[[str], str]:
+    """A change of every match within the kernel, or of the nth."""
+
+    def change(text: str) -> str:
+        if not re.search(rf"\.entry \w*{FAULTY}", text):
+            return text
+        start, end = body_of(text, FAULTY)
+        body = text[start:end]
+        found = list(re.finditer(pattern, body))
+        for match in reversed(found if nth is None else [found[nth]]):
+            body = body[: match.start()] + match.expand(replacement) + body[match.end() :]
+        return text[:start] + body + text[end:]
+
+    return change
+
+
+def run_faulty(library: Path, compiled: kernel_table.Compiled, change: Callable[[str], str]) -> None:
+    check_tree(interpreted(library, compiled, change), parent=comb(20), d=32, dv=48, hk=1, hv=1)
+
+
+def test_every_barrier_is_needed(library: Path, compiled: kernel_table.Compiled) -> None:
+    """Without any one of the kernel's barriers, threads race."""
+    unit = compiled.ptx["tree-delta-net"]
+    start, end = body_of(unit, FAULTY)
+    n_barriers = unit.count("bar.sync", start, end)
+    assert n_barriers > 4
+    for nth in range(n_barriers):
+        with pytest.raises((RaceError, UninitialisedError)):
+            run_faulty(library, compiled, faulty(r"bar\.sync \s*0;", "", nth))
+
+
+def test_a_store_off_by_one(library: Path, compiled: kernel_table.Compiled) -> None:
+    with pytest.raises((OutOfBoundsError, RaceError)):
+        run_faulty(library, compiled, faulty(r"(st\.global\.f32\s+\[%rd\d+)\]", r"\1+4]"))
+
+
+def test_skipped_stores_to_shared_memory(library: Path, compiled: kernel_table.Compiled) -> None:
+    with pytest.raises(UninitialisedError):
+        run_faulty(library, compiled, faulty(r"st\.shared\.f32[^;]*;", ""))
+
+
+def test_a_skipped_store_to_the_result(library: Path, compiled: kernel_table.Compiled) -> None:
+    """What the kernel leaves out is NaN."""
+    with pytest.raises(AssertionError):
+        run_faulty(library, compiled, faulty(r"st\.global\.f32[^;]*;", "", 0))
+
+
+def test_a_wrong_sign(library: Path, compiled: kernel_table.Compiled) -> None:
+    with pytest.raises(AssertionError):
+        run_faulty(library, compiled, faulty(r"sub\.ftz\.f32", "add.ftz.f32", 0))
+
+
+def test_a_wrong_shuffle(library: Path, compiled: kernel_table.Compiled) -> None:
+    with pytest.raises((AssertionError, PtxError)):
+        run_faulty(library, compiled, faulty(r"shfl\.sync\.idx", "shfl.sync.bfly"))
+
+
+# -- what ptxas says ----------------------------------------------------------------------------------------------
+
+
+def test_all_kernels_on_all_architectures(compiled: kernel_table.Compiled) -> None:
+    names = {name for text in compiled.ptx.values() for name in Module(text).names}
+    plain = {kernel_table.plain_name(name) for name in names}
+    assert len(plain) == len(names)
+    by_architecture: dict[str, set[str]] = {}
+    for found in compiled.resources:
+        by_architecture.setdefault(found.architecture, set()).add(kernel_table.plain_name(found.kernel))
+    assert by_architecture == dict.fromkeys(kernel_table.ARCHITECTURES, plain)
+    assert {moved.kernel for moved in kernel_table.MOVED} <= plain
+
+
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(a, marks=pytest.mark.xfail(reason="a few bytes", strict=True) if a in ("90", "120a") else ())
+        for a in kernel_table.ARCHITECTURES
+    ],
+)
+def test_nothing_spills(compiled: kernel_table.Compiled, architecture: str) -> None:
+    of_it = [found for found in compiled.resources if found.architecture == architecture]
+    assert of_it
+    assert not [found for found in of_it if found.spilled or found.stack]
+
+
+def test_shared_memory_of_every_block_fits(compiled: kernel_table.Compiled) -> None:
+    assert max(found.shared for found in compiled.resources) <= 64 << 10
+
+
+def test_two_blocks_share_a_multiprocessor(compiled: kernel_table.Compiled) -> None:
+    for found in compiled.resources:
+        if found.architecture == "86":
+            threads = compiled.threads[found.kernel]
+            assert kernel_table.resident_blocks(found, threads) >= 2, found
+
+
+def test_resources_are_read_in_full() -> None:
+    said = """ptxas info    : 77 bytes gmem
+ptxas info    : Compiling entry function '_ZN50_GLOBAL__N__8bd89009_12_tree_conv_cu_e6ae8843_36119conv_treeILi4EEEv' for 'sm_120a'
+ptxas info    : Function properties for _ZN
+    16 bytes stack frame, 12 bytes spill stores, 24 bytes spill loads
+ptxas info    : Used 80 registers, used 1 barriers, 16 bytes cumulative stack size, 30976 bytes smem
+ptxas info    : Compiling entry function '_Z3fooILb1ELin3EEvPf' for 'sm_75'
+ptxas info    : Function properties for _Z3
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 8 registers, used 0 barriers, 360 bytes cmem[0]
+"""  # noqa: E501
+    first, second = kernel_table.read_resources(said)
+    assert (first.architecture, first.registers, first.shared, first.spilled, first.stack) == (
+        "120a",
+        80,
+        30976,
+        36,
+        16,
+    )
+    assert (second.architecture, second.registers, second.shared, second.spilled) == ("75", 8, 0, 0)
+    assert [kernel_table.plain_name(found.kernel) for found in (first, second)] == ["conv_tree<4>", "foo<true, -3>"]
+    with pytest.raises(ValueError, match="not understood"):
+        kernel_table.read_resources(said.replace("Used 8", "Uses 8"))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "registers", "shared", "threads", "blocks"),
+    [("86", 128, 45312, 256, 2), ("86", 128, 52000, 256, 1), ("86", 129, 0, 256, 1), ("86", 32, 0, 1024, 1),
+     ("75", 64, 0, 256, 4), ("90", 16, 0, 32, 32)],
+)  # fmt: skip
+def test_resident_blocks(architecture: str, registers: int, shared: int, threads: int, blocks: int) -> None:
+    found = kernel_table.Resources(architecture, "k", registers, shared, 0, 0)
+    assert kernel_table.resident_blocks(found, threads) == blocks
