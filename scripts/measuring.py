@@ -34,11 +34,11 @@ PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in
 
 @dataclass
 class Decoded:
-    """What some decode steps gave. Times are seconds on the clock, except `ms`: the parts of all steps together."""
+    """What some decode steps gave: times of each step on the clock, commit included, and of its parts."""
 
     ids: list[int] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)  # of each step, commit included
-    ms: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
+    seconds: list[float] = field(default_factory=list)
+    ms: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
 
     @property
     def n_steps(self) -> int:
@@ -99,8 +99,8 @@ class Timeline:
             out.seconds.append(time.perf_counter() - start)
             out.ids += ffi.unpack(step.tokens, step.n_tokens)
             for part in PARTS[:-1]:
-                out.ms[part] += getattr(step, f"{part}_ms")
-            out.ms["commit"] += commit_ms[0]
+                out.ms[part].append(getattr(step, f"{part}_ms"))
+            out.ms["commit"].append(commit_ms[0])
         return out
 
 

@@ -20,6 +20,20 @@ settings.register_profile("pydflash", deadline=None)
 settings.load_profile("pydflash")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the tests marked 'device' run: cpu (default) or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "device: tests of ops, on the backend that --device names")
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig: pytest.Config) -> str:
+    """The backend under test."""
+    return str(pytestconfig.getoption("--device"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """All but the pinned archive of upstream's: its hash is checked at every use, and it is large."""

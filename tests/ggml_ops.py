@@ -57,6 +57,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_tensor_set": (None, [Pointer, Pointer, Size, Size]),
     "ggml_backend_tensor_get": (None, [Pointer, Pointer, Size, Size]),
     "ggml_backend_graph_compute": (ctypes.c_int, [Pointer, Pointer]),
+    "ggml_backend_reg_dev_count": (Size, [Pointer]),
     "ggml_backend_reg_dev_get": (Pointer, [Pointer, Size]),
     "ggml_backend_reg_get_proc_address": (Pointer, [Pointer, ctypes.c_char_p]),
     "ggml_gated_delta_net": (Pointer, [*[Pointer] * 7, Int64]),
@@ -80,9 +81,9 @@ def library_folder() -> Path:
 
 
 class Ggml:
-    """The fork and one CPU backend."""
+    """The fork and one backend: device "cpu" or "cuda", its first device."""
 
-    def __init__(self, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None = None, device: str = "cpu") -> None:
         folder = folder or library_folder()
         self._base = ctypes.CDLL(str(folder / "libpydflash-ggml-base.so"))
         for name, (result, arguments) in FUNCTIONS.items():
@@ -90,19 +91,22 @@ class Ggml:
             function.restype, function.argtypes = result, arguments
         loader = ctypes.CDLL(str(folder / "libpydflash-ggml.so"))
         loader.ggml_backend_load.restype, loader.ggml_backend_load.argtypes = Pointer, [ctypes.c_char_p]
-        registry = loader.ggml_backend_load(str(next(folder.glob("libpydflash-ggml-cpu*.so"))).encode())
-        if not registry:
-            raise RuntimeError(f"the CPU backend in {folder} could not be loaded")
+        libraries = sorted(folder.glob(f"libpydflash-ggml-{device}*.so"))
+        registry = loader.ggml_backend_load(str(libraries[0]).encode()) if libraries else None
+        if not registry or not self.call("ggml_backend_reg_dev_count", registry):
+            raise RuntimeError(f"the backend {device!r} in {folder} is not there, cannot be loaded, or finds no device")
         self.device = self.call("ggml_backend_reg_dev_get", registry, 0)
         self.backend = self.call("ggml_backend_dev_init", self.device, None)
         address = self.call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_set_n_threads")
-        self._set_n_threads = ctypes.CFUNCTYPE(None, Pointer, ctypes.c_int)(address)
+        self._set_n_threads = ctypes.CFUNCTYPE(None, Pointer, ctypes.c_int)(address) if address else None
 
     def call(self, name: str, *arguments: Any) -> Any:
         return getattr(self._base, name)(*arguments)
 
     def set_n_threads(self, n_threads: int) -> None:
-        self._set_n_threads(self.backend, n_threads)
+        """Of the CPU; a GPU has its own ideas."""
+        if self._set_n_threads:
+            self._set_n_threads(self.backend, n_threads)
 
     def graph(self) -> Graph:
         return Graph(self)

@@ -27,9 +27,12 @@ examples = settings(
 )
 
 
+pytestmark = pytest.mark.device
+
+
 @pytest.fixture(scope="module")
-def ggml() -> Ggml:
-    return Ggml()
+def ggml(device: str) -> Ggml:
+    return Ggml(device=device)
 
 
 # -- problems -----------------------------------------------------------------------------------------------------

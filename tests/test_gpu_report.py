@@ -1,0 +1,112 @@
+"""scripts/gpu_report.py, on the CPU with the pair that ships: it must be right before anybody runs it on a card."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import gguf
+import pytest
+
+import pydflash
+from pydflash import models
+from tests.tiny_models import TinyDraft
+
+SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_report.py"
+PARTS = {"device", "tests", "ops", "sizes", "prompts", "depths", "memory"}
+
+
+class Run:
+    """One run with --quick: its exit code, its section, its rows by part."""
+
+    def __init__(self, folder: Path, *arguments: object) -> None:
+        command = [sys.executable, str(SCRIPT), "--quick", "--n-threads", "1", "--out", str(folder)]
+        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+        self.code, self.said = done.returncode, done.stderr
+        self.section = (folder / "gpu_report.md").read_text()
+        assert done.stdout.strip() == self.section.strip()
+        self.rows: dict[str, list[dict[str, str]]] = defaultdict(list)
+        with (folder / "gpu_report.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                self.rows[row["part"]].append(row)
+
+
+def test_the_whole_report(tmp_path: Path) -> None:
+    run = Run(tmp_path, "--device", "cpu", "--bandwidth", 20)
+    assert run.code == 0, run.said
+    assert set(run.rows) == PARTS
+    assert "What did not work" not in run.section
+    for text in ("SHA-256", "20 GB/s", "tiny-target-f16.gguf", pydflash.__version__, "llama-cpp-python=="):
+        assert text in run.section
+    (tests,) = run.rows["tests"]
+    assert int(tests["passed"]) >= 5
+    assert int(tests["failed"]) == 0
+    assert all(float(row["error"]) < 3e-6 for row in run.rows["ops"])
+    assert {row["category"] for row in run.rows["prompts"]} == {"code", "maths", "prose", "chat"}
+    assert all(int(row["n_generated"]) == 12 for row in run.rows["prompts"])
+    assert {row["depth"] for row in run.rows["depths"]} == {"64", "160"}
+    for row in run.rows["depths"]:
+        assert float(row["verify_ms"]) > 0
+        assert float(row["first_ms"]) > float(row["step_ms"]) / 2
+    shown = [line.split("|")[-3].strip() for line in run.section.splitlines() if line.startswith("| 64 | chain |")]
+    tensors = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(models.target_path()).tensors}
+    draft = (models.draft_path() / "model.safetensors").stat().st_size
+    # All of both models but the embedding, and the head once more for the drafter; then a little state and cache.
+    weights = sum(tensors.values()) - tensors["token_embd.weight"] + tensors["output.weight"] + draft
+    assert float(shown[-1]) == pytest.approx(weights / 20e6, rel=0.05)
+
+
+def test_a_part_that_fails_is_a_sentence(tmp_path: Path, tiny_target: Path) -> None:
+    """A drafter for another target: nothing with a session can run, all else does."""
+    draft = TinyDraft(n_embd=128).write(tmp_path / "wide.gguf")
+    run = Run(tmp_path / "out", "--device", "cpu", "--target", tiny_target, "--draft", draft)
+    assert run.code == 1
+    for part in ("prompts", "depths", "memory"):
+        assert not run.rows[part]
+        assert f"- The part '{part}' failed: DraftMismatchError: " in run.section
+    assert run.rows["ops"]
+    assert run.rows["sizes"]
+    assert "tests passed, 0 failed" in run.section
+
+
+def why_no_card() -> str:
+    """Why this machine has no CUDA device to run on; skips the test where it has."""
+    try:
+        pydflash.device_info("cuda")
+    except pydflash.PydflashError as error:
+        return str(error)
+    pytest.skip("this machine has a card")
+
+
+def test_a_card_that_is_not_there(tmp_path: Path) -> None:
+    reason = why_no_card()
+    run = Run(tmp_path, "--device", "cuda", "--only", "sizes")
+    assert run.code == 1
+    assert reason.rstrip(".") in run.section
+    assert run.rows["sizes"]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("NVIDIA GeForce RTX 3090", 936),
+        ("NVIDIA GeForce RTX 3090 Ti", 1008),
+        ("NVIDIA L40S", 864),
+        ("NVIDIA A100-SXM4-80GB", 2039),
+        ("NVIDIA GeForce RTX 30905", None),
+        ("AMD EPYC", None),
+    ],
+)
+def test_bandwidth_of_a_name(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu_report", module)
+    spec.loader.exec_module(module)
+    assert module.bandwidth_of(name) == expected
