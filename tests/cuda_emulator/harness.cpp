@@ -158,6 +158,10 @@ extern "C" size_t emulator_allocations(Allocation * list, size_t n) {
     return i;
 }
 
+extern "C" void emulator_drop_barrier(const char * file, int line) {
+    emulator::drop_barrier(file, line);
+}
+
 // -- what ggml-cuda.cu has for the ops ---------------------------------------------------------------------------------
 
 const ggml_cuda_device_info & ggml_cuda_info() {
