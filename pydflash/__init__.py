@@ -19,6 +19,7 @@ from pydflash.errors import (
     UnknownOptionError,
     UnsupportedModelError,
 )
+from pydflash.plan import Plan, plan
 from pydflash.results import Chunk, Result, Stats
 from pydflash.session import Session
 from pydflash.tokenizer import Tokenizer
@@ -36,6 +37,7 @@ __all__ = [
     "ModelFileError",
     "ModelFormatError",
     "OutOfMemoryError",
+    "Plan",
     "PydflashError",
     "Result",
     "Session",
@@ -45,4 +47,5 @@ __all__ = [
     "UnknownOptionError",
     "UnsupportedModelError",
     "device_info",
+    "plan",
 ]

@@ -13,31 +13,43 @@ PathLike = str | os.PathLike[str]
 
 
 class Handles:
-    """Target, drafter and session on one device ("cpu" or "cuda"), freed in the opposite order."""
+    """Target and drafter on one device ("cpu" or "cuda"), and a session on them once it is opened; freed in the
+    opposite order."""
 
-    def __init__(self, target: Path, draft: Path | None, params: Any, device: str) -> None:
+    def __init__(self, target: Path, draft: Path | None, device: str) -> None:
         self._owned: list[tuple[Any, Any]] = []
+        self._target = target
         try:
-            model = self._own(
+            self.model = self._own(
                 "pf_model",
                 lib.pf_model_free,
                 lambda out: lib.pf_model_open(c_path(target), device.encode(), out),
                 target,
             )
             info = ffi.new("pf_model_info *", {"size": ffi.sizeof("pf_model_info")})
-            check(lib.pf_model_get_info(model, info))
+            check(lib.pf_model_get_info(self.model, info))
             self.n_vocab, self.n_embd, self.n_layer = int(info.n_vocab), int(info.n_embd), int(info.n_layer)
             self.block_size = 0
-            drafter = ffi.NULL
+            self.drafter = ffi.NULL
             if draft is not None:
-                drafter = self._own(
-                    "pf_draft", lib.pf_draft_free, lambda out: lib.pf_draft_open(c_path(draft), model, out), draft
+                self.drafter = self._own(
+                    "pf_draft", lib.pf_draft_free, lambda out: lib.pf_draft_open(c_path(draft), self.model, out), draft
                 )
                 draft_info = ffi.new("pf_draft_info *", {"size": ffi.sizeof("pf_draft_info")})
-                check(lib.pf_draft_get_info(drafter, draft_info))
+                check(lib.pf_draft_get_info(self.drafter, draft_info))
                 self.block_size = int(draft_info.block_size)
+        except BaseException:
+            self.free()
+            raise
+
+    def open_session(self, params: Any) -> None:
+        """Opens `session`; what was open is freed when that fails."""
+        try:
             self.session = self._own(
-                "pf_session", lib.pf_session_free, lambda out: lib.pf_session_open(model, drafter, params, out), target
+                "pf_session",
+                lib.pf_session_free,
+                lambda out: lib.pf_session_open(self.model, self.drafter, params, out),
+                self._target,
             )
         except BaseException:
             self.free()

@@ -60,11 +60,16 @@ def token_ids(name: str, ids: Iterable[SupportsIndex], n_vocab: int) -> list[int
 
 
 def kv_types(value: KvType) -> tuple[int, int]:
-    """ggml types of the K and the V cache."""
+    """ggml types of the K and the V cache; -1 for "auto"."""
+    if value == "auto":
+        return -1, -1
     pair = (value, value) if isinstance(value, str) else value
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-        raise ArgumentError(f"kv_type is {value!r}; it must be one of {', '.join(KV_TYPES)}, or a pair of them (K, V)")
-    k, v = (int(lib.pf_type_from_name(one_of("kv_type", name, KV_TYPES).encode())) for name in pair)
+        raise ArgumentError(
+            f"kv_type is {value!r}; it must be auto, one of {', '.join(KV_TYPES)}, or a pair of them (K, V)"
+        )
+    known = KV_TYPES if value is pair else ("auto", *KV_TYPES)
+    k, v = (int(lib.pf_type_from_name(one_of("kv_type", name, known).encode())) for name in pair)
     return k, v
 
 

@@ -25,11 +25,13 @@ from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
     ContextFullError,
+    OutOfMemoryError,
     StateError,
     UnsupportedModelError,
     checked_options,
 )
 from pydflash.options import KvType, Stop
+from pydflash.plan import plan_pair, read_plan
 from pydflash.results import Chunk, Counters, FinishReason, Result, Stats, Tally
 from pydflash.tokenizer import Tokenizer
 
@@ -56,8 +58,10 @@ class Session:
     target: a GGUF of architecture `qwen35`. None opens the tiny pair that ships with pydflash.
     draft: the target's DFlash drafter, a GGUF or a folder as z-lab lays it out (converted once, into the user's cache).
         None with a target of one's own: plain decoding.
-    n_ctx: tokens the session can hold, prompt and output together. None: what the model was trained for, at most 4096.
-    kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V.
+    n_ctx: tokens the session can hold, prompt and output together, at most what the model was trained for. None: the
+        largest that fits into the free memory with a twentieth of it to spare.
+    kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V. "auto": the first of
+        f16, q8_0 and q4_0 with which n_ctx fits.
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
         set aside for trees of this size; a run that asks for a larger one allocates more.
     chain: draft one line of tokens instead of a tree.
@@ -81,7 +85,7 @@ class Session:
         draft: PathLike | None = None,
         *,
         n_ctx: int | None = None,
-        kv_type: KvType = "f16",
+        kv_type: KvType = "auto",
         budget: int = 16,
         chain: bool = False,
         device: str = "auto",
@@ -107,14 +111,23 @@ class Session:
             draft = models.draft_path() if draft is None else draft
         target = target_file(target)
         draft = None if draft is None else draft_file(draft)
-        self._core = Handles(target, draft, params, self.device)
+        if self.device != "cpu":  # where weights are copied, what does not fit is refused before they are
+            planned = plan_pair(target, draft, params, self.device)
+            if not planned.fits:
+                raise OutOfMemoryError(
+                    f"a context of {planned.n_ctx} tokens takes {planned.total:.0f} MiB, but {self.device} has "
+                    f"{planned.free:.0f} free:\n{planned}"
+                )
+        self._core = Handles(target, draft, self.device)
+        self._core.open_session(params)
         self._finalizer = weakref.finalize(self, self._core.free)
         self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
         self.n_vocab = self._core.n_vocab
         self.n_embd = self._core.n_embd
         self.n_layer = self._core.n_layer
         self.block_size = self._core.block_size
-        self.n_ctx = int(lib.pf_session_n_ctx(self._core.session))
+        self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
+        self.n_ctx = self.plan.n_ctx
         self._no_tokenizer: UnsupportedModelError | None = None
         self.tokenizer: Tokenizer | None = None
         try:
@@ -285,6 +298,14 @@ class Session:
         with self._timeline():
             check(lib.pf_session_draft_logits(self._core.session, given, len(given), ffi.from_buffer("float[]", out)))
         return out
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that the session has allocated, by the names of `plan`'s rows; the plan's own figures unless a run has
+        asked for a larger budget, or logits of many tokens."""
+        with self._open():
+            rows = read_plan(lambda out: lib.pf_session_get_memory(self._core.session, out)).rows
+        return {row.name: row.n_bytes for row in rows}
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 

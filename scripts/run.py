@@ -39,12 +39,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-draft", action="store_true", help="decode plainly; the drafter is not opened")
     parser.add_argument(
         "--kv-type",
-        default="f16",
+        default="auto",
         metavar="TYPE",
-        help="f32, f16 (default), q8_0 or q4_0, or a pair for K and V: q8_0,q4_0",
+        help="f32, f16, q8_0 or q4_0, a pair for K and V: q8_0,q4_0, or auto (default): the first of f16, q8_0 and "
+        "q4_0 that fits",
     )
     parser.add_argument("--device", default="auto", metavar="NAME", help="auto (default), cpu or cuda")
-    parser.add_argument("--n-ctx", type=int, metavar="N", help="context in tokens (default: as trained, at most 4096)")
+    parser.add_argument("--n-ctx", type=int, metavar="N", help="context in tokens (default: the largest that fits)")
     parser.add_argument(
         "--temperature", type=float, default=0.0, metavar="T", help="0 (default) takes the likeliest token"
     )

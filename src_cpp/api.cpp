@@ -3,58 +3,16 @@
 #include <chrono>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 
 #include "api_guard.h"
+#include "api_handles.h"
 #include "backend.h"
 #include "ggml.h"
-#include "session.h"
-
-struct pf_model {
-    std::shared_ptr<const pf::Target> target;
-};
-
-struct pf_draft {
-    std::shared_ptr<const pf::Drafter> drafter;
-};
-
-struct pf_session {
-    std::shared_ptr<const pf::Target> target;
-    std::shared_ptr<const pf::Drafter> drafter;
-    pf::Session session;
-};
 
 namespace {
 
 // Fixed, so that keeping a sentence cannot fail.
 thread_local char last_error[2048];
-
-// The struct the caller compiled against may be older and shorter than ours: fields it lacks keep their defaults.
-template <class T>
-T read_params(const T * given, void (*set_default)(T *)) {
-    T params;
-    set_default(&params);
-    if (given) {
-        pf::require(given->size >= sizeof(uint32_t) && given->size <= sizeof(T),
-                    "the size field of an options struct is wrong; fill it with its *_default() function first");
-        std::memcpy(&params, given, given->size);
-        params.size = sizeof(T);
-    }
-    return params;
-}
-
-template <class T>
-void check_result(const T * out) {
-    pf::require(out && out->size >= sizeof(uint32_t) && out->size <= sizeof(T),
-                "a result struct is null or its size field is wrong; set it to sizeof");
-}
-
-template <class T>
-void write_result(const T & result, T * out) {
-    const uint32_t size = out->size;
-    std::memcpy(out, &result, size);
-    out->size = size;
-}
 
 } // namespace
 
@@ -75,7 +33,7 @@ const char * pf_last_error(void) {
 
 int pf_device_get_info(const char * name, pf_device_info * out) {
     return pf::guard([&] {
-        check_result(out);
+        pf::check_result(out);
         const std::string wanted = name ? name : "auto";
         ggml_backend_dev_t device = pf::find_device(wanted);
         pf_device_info info = {};
@@ -88,7 +46,7 @@ int pf_device_get_info(const char * name, pf_device_info * out) {
         if (wanted == "auto") {
             std::snprintf(info.why_cpu, sizeof(info.why_cpu), "%s", pf::why_auto_is_cpu().c_str());
         }
-        write_result(info, out);
+        pf::write_result(info, out);
     });
 }
 
@@ -108,7 +66,7 @@ void pf_model_free(pf_model * model) {
 int pf_model_get_info(const pf_model * model, pf_model_info * out) {
     return pf::guard([&] {
         pf::require(model, "pf_model_get_info: model must not be null");
-        check_result(out);
+        pf::check_result(out);
         const pf::Target & t = *model->target;
         pf_model_info info = {};
         info.n_vocab = t.n_vocab;
@@ -117,7 +75,7 @@ int pf_model_get_info(const pf_model * model, pf_model_info * out) {
         info.n_ctx_train = t.n_ctx_train;
         info.n_params = t.weights().n_params();
         info.n_bytes = t.weights().n_bytes();
-        write_result(info, out);
+        pf::write_result(info, out);
     });
 }
 
@@ -135,7 +93,7 @@ void pf_draft_free(pf_draft * draft) {
 int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out) {
     return pf::guard([&] {
         pf::require(draft, "pf_draft_get_info: draft must not be null");
-        check_result(out);
+        pf::check_result(out);
         const pf::Drafter & d = *draft->drafter;
         pf_draft_info info = {};
         info.n_layer = d.n_layer;
@@ -145,7 +103,7 @@ int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out) {
         std::memcpy(info.taps, d.taps.data(), d.taps.size() * sizeof(int32_t));
         info.n_params = d.weights().n_params();
         info.n_bytes = d.weights().n_bytes();
-        write_result(info, out);
+        pf::write_result(info, out);
     });
 }
 
@@ -154,8 +112,8 @@ int pf_draft_get_info(const pf_draft * draft, pf_draft_info * out) {
 void pf_session_params_default(pf_session_params * params) {
     *params = {};
     params->size = sizeof(*params);
-    params->type_k = GGML_TYPE_F16;
-    params->type_v = GGML_TYPE_F16;
+    params->type_k = -1;
+    params->type_v = -1;
     params->n_batch = 512;
     params->n_ring = 4096;
     params->budget = 16;
@@ -173,7 +131,7 @@ int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_se
                     pf_session ** out) {
     return pf::guard([&] {
         pf::require(target && out, "pf_session_open: target and out must not be null");
-        const pf_session_params p = read_params(params, pf_session_params_default);
+        const pf_session_params p = pf::read_params(params, pf_session_params_default);
         std::shared_ptr<const pf::Drafter> drafter = draft ? draft->drafter : nullptr;
         if (drafter && &drafter->target() != target->target.get()) {
             throw pf::Error(PF_ERR_MISMATCH, "pf_session_open: the drafter was opened for another target");
@@ -204,8 +162,8 @@ int64_t pf_session_n_tokens(const pf_session * session) {
 int pf_session_counters(const pf_session * session, pf_counters * out) {
     return pf::guard([&] {
         pf::require(session, "pf_session_counters: session must not be null");
-        check_result(out);
-        write_result(session->session.counters(), out);
+        pf::check_result(out);
+        pf::write_result(session->session.counters(), out);
     });
 }
 
@@ -219,17 +177,17 @@ int pf_session_append(pf_session * session, const int32_t * ids, uint64_t n) {
 int pf_session_configure(pf_session * session, const pf_generate_params * params) {
     return pf::guard([&] {
         pf::require(session && params, "pf_session_configure: session and params must not be null");
-        session->session.configure(read_params(params, pf_generate_params_default));
+        session->session.configure(pf::read_params(params, pf_generate_params_default));
     });
 }
 
 int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out) {
     return pf::guard([&] {
         pf::require(session, "pf_session_step: session must not be null");
-        check_result(out);
+        pf::check_result(out);
         pf_step_result result = {};
         session->session.step(max_tokens, result);
-        write_result(result, out);
+        pf::write_result(result, out);
     });
 }
 

@@ -143,11 +143,13 @@ typedef struct pf_session pf_session;
 
 typedef struct pf_session_params {
     uint32_t size;
-    int32_t n_ctx;  /* tokens the session can hold; 0: what the model was trained for, at most 4096 */
-    int32_t type_k; /* ggml_type of the K cache: f32, f16, q8_0 or q4_0 */
+    int32_t n_ctx; /* tokens the session can hold, at most what the model was trained for; 0: the largest that fits
+                       the free memory with a twentieth to spare */
+    int32_t
+        type_k; /* ggml_type of the K cache: f32, f16, q8_0 or q4_0; -1: the first of f16, q8_0 and q4_0 that fits */
     int32_t type_v;
     int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
-    int32_t n_ring;    /* slots of the target-feature ring and of the drafter's context K/V ring */
+    int32_t n_ring;    /* positions the drafter can attend to: slots of its context K/V ring */
     int32_t n_threads; /* 0: one per core this process may use */
     int32_t budget; /* largest tree (nodes besides the root, 0 to 63) to set memory aside for; a run may ask for more */
 } pf_session_params;
@@ -189,6 +191,43 @@ typedef struct pf_counters {
     uint64_t graph_runs;
     uint64_t buffers; /* allocated after opening: for a run whose budget is above the session's, for looking inside */
 } pf_counters;
+
+/* ---- memory ---------------------------------------------------------------------------------------------------- */
+
+enum {
+    PF_ROW_COUNTED = 0, /* of our own buffers: what is allocated, to the byte */
+    PF_ROW_ASSUMED = 1, /* of what others keep, which can only be estimated; part of the total too */
+    PF_ROW_ASIDE = 2    /* not part of the total: a graph's share of the compute buffer, the memory of another device */
+};
+#define PF_MAX_ROWS 24
+
+typedef struct pf_plan_row {
+    const char * name; /* static */
+    int32_t kind;      /* PF_ROW_* */
+    uint64_t n_bytes;
+} pf_plan_row;
+
+/* What a session takes. n_ctx and KV types in params are those chosen where they were left open. */
+typedef struct pf_plan {
+    uint32_t size;
+    int32_t on_cuda;
+    int32_t fits;
+    int32_t n_rows;
+    pf_session_params params;
+    uint64_t total; /* bytes */
+    uint64_t free;  /* there for all of it, the weights included */
+    pf_plan_row rows[PF_MAX_ROWS];
+    char advice[1024]; /* what would fit, when this does not */
+} pf_plan;
+
+/* Plans a session without opening it; the models' headers are enough, and models opened on the CPU serve for both devices.
+ * device: "cpu", or "cuda" for a card of n_free bytes, whether there is one or not. n_free 0: what the device has free. */
+PF_API int pf_plan_make(const pf_model * target, const pf_draft * draft /* may be NULL */,
+                        const pf_session_params * params, const char * device, uint64_t n_free, pf_plan * out);
+/* What a session was opened with. Opening one that does not fit is PF_ERR_MEMORY, before anything is allocated. */
+PF_API int pf_session_get_plan(const pf_session * session, pf_plan * out);
+/* What a session has allocated: the same rows, those of its own buffers alone. */
+PF_API int pf_session_get_memory(const pf_session * session, pf_plan * out);
 
 PF_API void pf_session_params_default(pf_session_params * params);
 PF_API void pf_generate_params_default(pf_generate_params * params);

@@ -34,6 +34,12 @@ int32_t * Runner::host(const ggml_tensor * index) {
     return indices_.data() + index->view_offs / sizeof(int32_t);
 }
 
+std::vector<Plan::Row> Runner::memory() const {
+    std::vector<Plan::Row> rows = cache_rows(caches_);
+    rows.push_back({"compute buffer", PF_ROW_COUNTED, compute_.buffer_bytes()});
+    return rows;
+}
+
 void Runner::reserve_tree(int32_t n_nodes) {
     if (n_nodes > caches_.state.max_nodes) {
         compute_.drop_graphs(); // they point at the old scratch

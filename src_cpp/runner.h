@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "plan.h"
 #include "step_graphs.h"
 
 namespace pf {
@@ -35,6 +36,7 @@ class Runner {
     void clear() { caches_.state.clear(); }          // everything back to the empty timeline
     void reserve_tree(int32_t n_nodes);              // room for trees of so many nodes
     void drop_graphs() { compute_.drop_graphs(); }
+    std::vector<Plan::Row> memory() const; // what is allocated
     const pf_counters & counters() const { return compute_.counters; }
 
     // Evaluates nodes behind n committed tokens. With options.commit the real nodes are a chain and become committed.

@@ -24,42 +24,6 @@ class Timer {
     std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
 };
 
-// What the session will run with, or a sentence about what cannot be.
-pf_session_params checked(const Target & target, pf_session_params p) {
-    const auto fail = [](const std::string & what) { throw Error(PF_ERR_ARGUMENT, what); };
-    const int64_t trained = target.n_ctx_train;
-    if (p.n_ctx < 0 || p.n_ctx > trained) {
-        fail("n_ctx is " + std::to_string(p.n_ctx) + "; it must be 1 to the model's context length of " +
-             std::to_string(trained) + ", or 0 for the default");
-    }
-    if (p.n_batch < 64 || p.n_batch > 4096 || p.n_batch % 64 != 0) {
-        fail("n_batch is " + std::to_string(p.n_batch) + "; it must be 64 to 4096 in steps of 64");
-    }
-    if (p.n_ring < std::max(p.n_batch, 256) || p.n_ring > (1 << 24)) {
-        fail("n_ring is " + std::to_string(p.n_ring) + "; it must be at least n_batch and 256");
-    }
-    if (p.n_threads < 0 || p.n_threads > available_cores()) {
-        fail("n_threads is " + std::to_string(p.n_threads) + "; it must be 1 to the " +
-             std::to_string(available_cores()) + " cores this process may run on, or 0 for all of them");
-    }
-    for (const int32_t type : {p.type_k, p.type_v}) {
-        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
-            fail("the KV cache can be f32, f16, q8_0 or q4_0, not ggml type " + std::to_string(type));
-        }
-        if (target.state_shape.head_dim % ggml_blck_size((ggml_type) type) != 0) {
-            throw Error(PF_ERR_UNSUPPORTED, std::string("this model's heads of ") +
-                                                std::to_string(target.state_shape.head_dim) +
-                                                " values do not divide into " + ggml_type_name((ggml_type) type) +
-                                                " blocks; use f16 for the KV cache");
-        }
-    }
-    if (p.budget < 0 || p.budget >= PF_MAX_NODES) {
-        fail("budget is " + std::to_string(p.budget) + "; it must be 0 to " + std::to_string(PF_MAX_NODES - 1));
-    }
-    p.n_ctx = p.n_ctx > 0 ? p.n_ctx : (int32_t) std::min<int64_t>(trained, 4096);
-    return p;
-}
-
 [[noreturn]] void throw_unusable(const char * who) {
     throw Error(PF_ERR_INTERNAL, std::string(who) + " produced logits that are not finite (NaN, +inf, or nothing above "
                                                     "-inf); its weights are damaged or overflow");
@@ -69,8 +33,8 @@ pf_session_params checked(const Target & target, pf_session_params p) {
 
 Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
                  const pf_session_params & given)
-    : target_(std::move(target)), drafter_(std::move(drafter)), n_ctx_(checked(*target_, given).n_ctx),
-      n_batch_(given.n_batch), runner_(*target_, drafter_.get(), checked(*target_, given)) {
+    : target_(std::move(target)), drafter_(std::move(drafter)), plan_(require_plan(*target_, drafter_.get(), given)),
+      n_ctx_(plan_.params.n_ctx), n_batch_(given.n_batch), runner_(*target_, drafter_.get(), plan_.params) {
     if (drafter_) {
         top_ids_.resize((size_t) (drafter_->block_size * PF_MAX_NODES));
         top_logp_.resize(top_ids_.size());

@@ -9,6 +9,7 @@
 #include <memory>
 #include <vector>
 
+#include "plan.h"
 #include "runner.h"
 #include "spec/accept.h"
 #include "spec/sampler.h"
@@ -21,6 +22,8 @@ class Session {
     Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
             const pf_session_params & params);
 
+    const Plan & plan() const { return plan_; }
+    std::vector<Plan::Row> memory() const { return runner_.memory(); } // allocated, of the plan's rows
     int32_t n_ctx() const { return (int32_t) n_ctx_; }
     int64_t n_tokens() const { return n_ + (pending_ >= 0 ? 1 : 0); }
     const pf_counters & counters() const { return runner_.counters(); }
@@ -47,6 +50,7 @@ class Session {
 
     std::shared_ptr<const Target> target_;
     std::shared_ptr<const Drafter> drafter_; // null: plain decoding
+    Plan plan_;
     int64_t n_ctx_;
     int32_t n_batch_;
     Runner runner_;

@@ -18,7 +18,7 @@ StateParams state_params(const Drafter * drafter, const pf_session_params & p) {
     if (drafter) {
         // With an f32 target cache drafting is f32 throughout, else half precision will do.
         s.n_taps = (int) drafter->taps.size();
-        s.n_ring = p.n_ring;
+        s.n_ring = std::max(p.n_batch, PF_MAX_NODES); // a pass: its features become context before the next
         s.type_ring = s.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
     }
     return s;

@@ -226,17 +226,12 @@ def test_device_info_is_about_this_machine() -> None:
 # -- a device with memory of its own ---------------------------------------------------------------------------------
 
 
-def test_weights_that_do_not_fit_are_refused_before_any_is_copied(
-    open_session: Open, fake_cuda: Path, tiny_target: Path
-) -> None:
+def test_weights_that_do_not_fit_are_refused_before_any_is_copied(open_session: Open, fake_cuda: Path) -> None:
     result = open_session("cuda", fake=fake_cuda, environment={"FAKE_CUDA_FREE_MIB": "0"})
     kind, sentence = result["error"]
     assert kind == "OutOfMemoryError"
-    assert re.fullmatch(
-        rf"{re.escape(str(tiny_target))}: its weights need \d+ MiB, but Fake GPU has 0 of 2048 MiB free; close what "
-        "else uses it, or take a smaller quantisation",
-        sentence,
-    )
+    assert re.match(r"a context of \d+ tokens takes \d+ MiB, but cuda has 0 free:\n", sentence)
+    assert "target weights" in sentence
     assert set(result["traffic"].values()) == {0}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import importlib.util
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_the_27b(make_shape: ModuleType, tmp_path: Path, capsys: pytest.CaptureF
     assert {t.tensor_type.name for t in tensors.values()} == {"BF16", "F32"}
 
 
+@pytest.mark.parametrize(("shape", "n_params"), [("27b", 26.9e9), ("9b", 8.95e9), ("4b", 4.2e9)])
+def test_the_loader_takes_every_shape(make_shape: ModuleType, shape: str, n_params: float, tmp_path: Path) -> None:
+    assert make_shape.main(["--shape", shape, "--out", str(tmp_path), "--sparse", "--draft-type", "q8_0"]) == 0
+    plan = pydflash.plan(tmp_path / "target.gguf", tmp_path / "draft.gguf", n_ctx=4096, vram="1000GiB")
+    tensors = read(tmp_path / "target.gguf")[1]
+    assert sum(int(t.n_elements) for t in tensors.values()) == pytest.approx(n_params, rel=0.01)
+    assert plan.n_ctx == 4096
+    assert plan.fits
+    drafted = sum(int(t.n_elements) for t in read(tmp_path / "draft.gguf")[1].values())
+    assert plan.mib["drafter weights"] * 2**23 / drafted == pytest.approx(8.5, rel=0.001)
+
+
 @pytest.mark.parametrize("shape", ["small", "tied"])
 def test_values(small: ModuleType, shape: str, tmp_path: Path) -> None:
     def files(folder: str, *options: str) -> list[bytes]:
@@ -169,3 +182,29 @@ def test_nothing_half_written_stays(small: ModuleType, tmp_path: Path, monkeypat
     monkeypatch.setattr(small, "values", full)
     assert small.main(["--shape", "small", "--out", str(tmp_path)]) == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_plan_of_the_27b_fits_a_24_gb_card(
+    make_shape: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The design's figures: 128K within 23,000 MiB; 256K within what a 3090 has once its driver is up, 24,240 MiB."""
+    from pydflash.__main__ import main
+
+    def plan(*options: str) -> dict[str, Any]:
+        command = ["plan", "--target", str(tmp_path / "target.gguf"), "--draft", str(tmp_path / "draft.gguf"), "--json"]
+        main([*command, "--kv-type", "q4_0", "--budget", "22", "--vram", "24240MiB", *options])
+        return dict(json.loads(capsys.readouterr().out))
+
+    make_shape.main(["--shape", "27b", "--out", str(tmp_path), "--sparse"])
+    capsys.readouterr()
+    at_128k = plan("--n-ctx", "131072")
+    assert at_128k["total"] < 23000
+    assert at_128k["settings"]["fits"]
+    assert at_128k["KV cache"] == pytest.approx(2304, abs=6)  # 18 KiB a token, and 64 rows for a tree
+    # 4 KiB a row, some of it where tensors of other moments lie
+    assert 400 < at_128k["flash attention's f16 copy of K and V"] <= 513
+    assert not plan("--n-ctx", "262144")["settings"]["fits"]  # with the drafter in BF16 it does not
+
+    make_shape.main(["--shape", "27b", "--out", str(tmp_path), "--sparse", "--force", "--draft-type", "q8_0"])
+    capsys.readouterr()
+    assert plan("--n-ctx", "262144", "--n-batch", "128")["total"] < 24240

@@ -50,28 +50,36 @@ State::State(const StateShape & shape_in, const StateParams & params_in, const M
     rotate_k = PF_ROTATE_KV && params.type_k == GGML_TYPE_Q4_0;
     rotate_v = PF_ROTATE_KV && params.type_v == GGML_TYPE_Q4_0;
 
-    block_ = TensorBlock((size_t) shape.n_attn * 2 + (size_t) shape.n_recurrent * 2 + 3);
     const int64_t n_kv_row = (int64_t) shape.head_dim * shape.n_head_kv;
-    for (int i = 0; i < shape.n_attn; ++i) {
-        k.push_back(block_.add(params.type_k, n_kv_row, n_rows));
-        v.push_back(block_.add(params.type_v, n_kv_row, n_rows));
+    if (shape.n_attn > 0) {
+        kv_ = TensorBlock((size_t) shape.n_attn * 2 + 2);
+        for (int i = 0; i < shape.n_attn; ++i) {
+            k.push_back(kv_.add(params.type_k, n_kv_row, n_rows));
+            v.push_back(kv_.add(params.type_v, n_kv_row, n_rows));
+        }
+        if (rotate_k) {
+            const int64_t n = largest_power_of_two_divisor(shape.head_dim);
+            hadamard_k = kv_.add(GGML_TYPE_F32, n, n);
+        }
+        if (rotate_v) {
+            const int64_t n = std::min<int64_t>(64, largest_power_of_two_divisor(shape.head_dim));
+            hadamard_v = kv_.add(GGML_TYPE_F32, n, n);
+        }
+        kv_.allocate(memory, "the KV cache");
     }
-    for (int i = 0; i < shape.n_recurrent; ++i) {
-        s.push_back(block_.add(GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
-        conv.push_back(block_.add(GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
+    if (shape.n_recurrent > 0) {
+        recurrent_ = TensorBlock((size_t) shape.n_recurrent * 2);
+        for (int i = 0; i < shape.n_recurrent; ++i) {
+            s.push_back(recurrent_.add(GGML_TYPE_F32, shape.d_key, shape.d_value, shape.n_value_heads));
+            conv.push_back(recurrent_.add(GGML_TYPE_F32, shape.channels, shape.conv_width - 1));
+        }
+        recurrent_.allocate(memory, "the recurrent state");
     }
     if (params.n_taps > 0) {
-        ring = block_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
+        ring_ = TensorBlock(1);
+        ring = ring_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
+        ring_.allocate(memory, "the ring of target features");
     }
-    if (rotate_k && shape.n_attn > 0) {
-        const int64_t n = largest_power_of_two_divisor(shape.head_dim);
-        hadamard_k = block_.add(GGML_TYPE_F32, n, n);
-    }
-    if (rotate_v && shape.n_attn > 0) {
-        const int64_t n = std::min<int64_t>(64, largest_power_of_two_divisor(shape.head_dim));
-        hadamard_v = block_.add(GGML_TYPE_F32, n, n);
-    }
-    block_.allocate(memory, "the session's caches");
     if (hadamard_k && !memory.planned) {
         fill_hadamard(hadamard_k);
     }

@@ -75,7 +75,9 @@ class State {
     // Graphs that refer to the scratch must be dropped first. Throws PF_ERR_MEMORY and keeps the old scratch.
     void reserve_tree(int n_nodes);
 
-    uint64_t cache_bytes() const { return block_.n_bytes(); }
+    uint64_t kv_bytes() const { return kv_.n_bytes(); } // with the rotations
+    uint64_t recurrent_bytes() const { return recurrent_.n_bytes(); }
+    uint64_t ring_bytes() const { return ring_.n_bytes(); }
     uint64_t tree_bytes() const { return scratch_.n_bytes(); }
 
     // Recurrent state back to the beginning; KV rows need no clearing, since no mask opens them.
@@ -91,7 +93,7 @@ class State {
 
   private:
     Memory memory_;
-    TensorBlock block_;
+    TensorBlock kv_, recurrent_, ring_;
     TensorBlock scratch_;
 };
 

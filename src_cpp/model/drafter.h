@@ -63,6 +63,7 @@ class Drafter {
 
     const Weights & weights() const { return *weights_; }
     const Target & target() const { return *target_; }
+    const ggml_tensor * own_token_embd() const { return token_embd_; } // null: the target's is used
     // [n_embd] f32, as the drafter embeds it.
     void embed(int32_t token, float * out) const;
 

@@ -57,6 +57,15 @@ uint64_t Weights::n_device_bytes() const {
     return uploaded_.buffer ? ggml_backend_buffer_get_size(uploaded_.buffer) : 0;
 }
 
+std::vector<const ggml_tensor *> Weights::tensors() const {
+    ggml_context * ctx = uploaded_.ctx ? uploaded_.ctx : mapped_.ctx;
+    std::vector<const ggml_tensor *> all;
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx); t; t = ggml_get_next_tensor(ctx, t)) {
+        all.push_back(t);
+    }
+    return all;
+}
+
 void Weights::upload() {
     if (!uploaded_.ctx || !ggml_get_first_tensor(uploaded_.ctx)) {
         return;

@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "ggml-backend.h"
 #include "gguf/file.h"
@@ -34,6 +35,9 @@ class Weights {
     // Copies what has been asked for to the device; nothing may be asked for afterwards. On the CPU there is nothing to do.
     // Throws PF_ERR_MEMORY before anything is copied when it does not fit.
     void upload();
+
+    // What the device holds of the file, uploaded or yet to be; on the CPU everything that has been asked for.
+    std::vector<const ggml_tensor *> tensors() const;
 
     uint64_t n_params() const { return n_params_; }
     uint64_t n_bytes() const { return n_bytes_; }
