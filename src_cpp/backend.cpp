@@ -122,10 +122,9 @@ Cuda load_cuda() {
     if (!handle) {
         const char * words = dlerror();
         const std::string said = words ? words : path.string();
-        cuda.reason =
-            "the CUDA backend cannot be loaded: " + said +
-            (said.rfind("libcuda.so", 0) == 0 ? "; that library comes with NVIDIA's driver"
-                                              : "; the libraries it needs come with 'pip install pydflash[cuda]'");
+        cuda.reason = "the CUDA backend cannot be loaded: " + said +
+                      (said.rfind("libcuda.so", 0) == 0 ? "; that library comes with NVIDIA's driver"
+                                                        : "; 'python scripts/cuda_toolchain.py --install' installs it");
         return cuda;
     }
     take_ggml_log();

@@ -68,7 +68,22 @@ void Compute::start_threads(int n_threads) {
     set_pool(backend_.get(), threadpool_.get());
 }
 
+void Compute::check_ops(const Graph & graph) const {
+    // A backend ends the process on an op that it cannot do.
+    for (int i = 0; i < ggml_graph_n_nodes(graph.gf); ++i) {
+        const ggml_tensor * op = ggml_graph_node(graph.gf, i);
+        if (!ggml_backend_supports_op(backend_.get(), op)) {
+            const ggml_tensor * from = op->src[0] ? op->src[0] : op;
+            throw Error(PF_ERR_UNSUPPORTED,
+                        std::string(ggml_backend_dev_description(ggml_backend_get_device(backend_.get()))) +
+                            " has no " + ggml_op_desc(op) + " for " + ggml_type_name(from->type) + " rows of " +
+                            std::to_string(from->ne[0]) + ", which this model needs; use device 'cpu'");
+        }
+    }
+}
+
 void Compute::reserve(Graph & graph) {
+    check_ops(graph);
     if (!ggml_gallocr_reserve(allocator_.get(), graph.gf)) {
         drop_graphs();
         throw Error(PF_ERR_MEMORY, "the compute buffer did not fit into memory; ask for a smaller n_batch or n_ctx");

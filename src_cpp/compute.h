@@ -66,7 +66,8 @@ class Compute {
     void run(Graph & graph); // throws PF_ERR_INTERNAL when the backend fails
     void drop_graphs();      // needed when a tensor that graphs refer to is replaced
 
-    // Makes the compute buffer large enough for a graph that is not kept. Throws PF_ERR_MEMORY.
+    // Makes the compute buffer large enough for a graph that is not kept. Throws PF_ERR_MEMORY, and PF_ERR_UNSUPPORTED
+    // for an op that the device cannot do.
     void reserve(Graph & graph);
     uint64_t buffer_bytes() const { return buffer_bytes_; }
 
@@ -79,6 +80,7 @@ class Compute {
 
   private:
     void start_threads(int n_threads);
+    void check_ops(const Graph & graph) const;
     void place(Graph & graph);
 
     // The pool outlives the backend that uses it.

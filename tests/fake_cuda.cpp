@@ -168,7 +168,11 @@ ggml_backend_t init_backend(ggml_backend_dev_t device, const char *) {
     iface.get_name = backend_name;
     iface.free = free_backend;
     iface.graph_compute = graph_compute;
-    return new ggml_backend{&guid, iface, device, ggml_backend_dev_init(cpu_device(), nullptr)};
+    ggml_backend_t cpu = ggml_backend_dev_init(cpu_device(), nullptr);
+    const auto set_n_threads = reinterpret_cast<ggml_backend_set_n_threads_t>(
+        ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(cpu_device()), "ggml_backend_set_n_threads"));
+    set_n_threads(cpu, 1); // several would spin for each other on a busy machine
+    return new ggml_backend{&guid, iface, device, cpu};
 }
 
 ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
@@ -178,7 +182,8 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
 }
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
-    return ggml_backend_dev_supports_op(cpu_device(), op);
+    const char * lacks = getenv("FAKE_CUDA_LACKS");
+    return !(lacks && strcmp(lacks, ggml_op_name(op->op)) == 0) && ggml_backend_dev_supports_op(cpu_device(), op);
 }
 
 bool supports_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {

@@ -160,7 +160,7 @@ def needing(library: str, folder: Path, into: Path) -> None:
     ("missing", "advice"),
     [
         ("libcuda.so.1", "that library comes with NVIDIA's driver"),
-        ("libcublas.so.13", "the libraries it needs come with 'pip install pydflash[cuda]'"),
+        ("libcublas.so.13", "'python scripts/cuda_toolchain.py --install' installs it"),
     ],
 )
 def test_a_missing_library_is_told_in_the_loaders_words(
@@ -233,6 +233,20 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_copied(open_session: 
     assert re.match(r"a context of \d+ tokens takes \d+ MiB, but cuda has 0 free:\n", sentence)
     assert "target weights" in sentence
     assert set(result["traffic"].values()) == {0}
+
+
+def test_a_session_runs_on_memory_the_host_cannot_touch(open_session: Open, fake_cuda: Path) -> None:
+    on_cpu = open_session("cpu", fake=fake_cuda)
+    assert set(on_cpu["traffic"].values()) == {0}
+    on_device = open_session("auto", fake=fake_cuda)
+    assert (on_device["device"], on_device["warnings"]) == ("cuda", [])
+    assert on_device["ids"] == on_cpu["ids"]
+
+
+def test_an_op_that_the_device_lacks_is_a_sentence_at_opening(open_session: Open, fake_cuda: Path) -> None:
+    result = open_session("cuda", fake=fake_cuda, environment={"FAKE_CUDA_LACKS": "FLASH_ATTN_EXT"})
+    sentence = "Fake GPU has no FLASH_ATTN_EXT for f32 rows of 32, which this model needs; use device 'cpu'"
+    assert result["error"] == ["UnsupportedModelError", sentence]
 
 
 OPEN = """
