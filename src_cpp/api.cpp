@@ -8,6 +8,7 @@
 #include "api_handles.h"
 #include "backend.h"
 #include "ggml.h"
+#include "host_memory.h"
 
 namespace {
 
@@ -41,7 +42,7 @@ int pf_device_get_info(const char * name, pf_device_info * out) {
         ggml_backend_dev_memory(device, &free, &total);
         info.is_cuda = device != pf::cpu_device();
         info.n_bytes = total;
-        info.n_free = free;
+        info.n_free = info.is_cuda ? free : pf::free_host_memory(); // ggml takes all of the host's memory for free
         std::snprintf(info.name, sizeof(info.name), "%s", ggml_backend_dev_description(device));
         if (wanted == "auto") {
             std::snprintf(info.why_cpu, sizeof(info.why_cpu), "%s", pf::why_auto_is_cpu().c_str());
