@@ -17,6 +17,7 @@ import pytest
 from tests import cuda_emulator
 from tests.cuda_emulator import ORDERS, Emulator
 from tests.ggml_ops import Ggml, Graph, library_folder
+from tests.test_step_ops import block_mask, run_block_mask, run_top_k, run_tree_mask, top_k, tree_mask
 from tests.test_tree_ops import (
     F32,
     SHAPES,
@@ -295,3 +296,99 @@ def test_convolution_of_slices(cuda: EmulatedGgml) -> None:
         result = graph.op("ggml_ssm_conv_tree", *operands, graph.tensor(kernel), graph.tensor(parent))
         graph.compute(result)
         assert_close(graph.read(result, *x.shape), convolve(state, x, kernel, parent))
+
+
+# -- tree_mask and block_mask -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "n_kv"), [(0, 1), (0, 64), (7, 13), (200, 264), (200, 256), (2300, 2304), (2500, 2304)])
+@pytest.mark.parametrize("n_nodes", [1, 23, 70])
+def test_tree_mask(cuda: EmulatedGgml, n: int, n_kv: int, n_nodes: int) -> None:
+    parent = random_tree(n_nodes, np.random.default_rng(n_nodes))
+    parent[n_nodes // 2 :: 9] = [[2**31 - 1, -7, -(2**31)][i % 3] for i in range(len(parent[n_nodes // 2 :: 9]))]
+    for _ in cuda.orders():
+        assert np.array_equal(run_tree_mask(cuda, parent, n, n_kv), tree_mask(parent, n, n_kv))
+
+
+@pytest.mark.parametrize("n", [-(2**31), -1, 2**31 - 1])
+def test_tree_mask_of_an_impossible_count(cuda: EmulatedGgml, n: int) -> None:
+    assert np.array_equal(run_tree_mask(cuda, comb(9), n, 64), tree_mask(comb(9), max(min(n, 64), 0), 64))
+
+
+@pytest.mark.parametrize("n", [-3, 0, 1, 15, 40, 41, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [0, 1, 9, 45])
+@pytest.mark.parametrize("n_kv", [16, 64, 75])
+def test_block_mask(cuda: EmulatedGgml, n: int, causal: bool, window: int, n_kv: int) -> None:
+    arguments = (n, n_kv, 16, 40, window, causal)
+    next(cuda.orders())
+    assert np.array_equal(run_block_mask(cuda, *arguments), block_mask(*arguments))
+
+
+# -- top_k_logp ---------------------------------------------------------------------------------------------------
+
+SLICE = 4096  # logits a block works off
+
+
+def check_top_k(cuda: EmulatedGgml, logits: np.ndarray, k: int) -> None:
+    """Ids as float64 has them; log-probabilities of sums in f32; the same bits in every order."""
+    results = [run_top_k(cuda, logits, k) for _ in cuda.orders()]
+    for ids, logp in results[1:]:
+        assert np.array_equal(ids, results[0][0])
+        assert logp.tobytes() == results[0][1].tobytes()
+    for row, ids, logp in zip(logits, *results[0], strict=True):
+        expected_ids, expected = top_k(row, k)
+        assert np.array_equal(ids, expected_ids)
+        masked = np.isneginf(expected)
+        assert np.array_equal(np.isneginf(logp), masked)
+        logp, expected = logp[~masked], expected[~masked]
+        assert (np.abs(logp - expected) <= 1e-6 * np.maximum(1, np.abs(expected))).all()
+
+
+@pytest.mark.parametrize("n_vocab", [1, 2, 64, 65, 257, SLICE - 1, SLICE, SLICE + 1, 5 * SLICE + 70])
+@pytest.mark.parametrize("k", [1, 8, 64])
+def test_top_k(cuda: EmulatedGgml, n_vocab: int, k: int) -> None:
+    logits = np.random.default_rng(n_vocab + k).normal(0, 4, (3, n_vocab)).astype(F32)
+    check_top_k(cuda, logits, min(k, n_vocab))
+
+
+def test_top_k_of_a_real_vocabulary(cuda: EmulatedGgml) -> None:
+    check_top_k(cuda, np.random.default_rng(0).normal(0, 4, (1, 248320)).astype(F32), 16)
+
+
+def test_top_k_in_three_rounds(cuda: EmulatedGgml) -> None:
+    check_top_k(cuda, np.random.default_rng(0).normal(0, 4, (1, 65 * SLICE)).astype(F32), 64)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_top_k_of_any_rows(cuda: EmulatedGgml, ggml: Ggml, seed: int) -> None:
+    """Few distinct values, so that nearly everything ties, masked tokens, far-off, tiny and wrong values."""
+    rng = np.random.default_rng(seed)
+    n_vocab, k = int(rng.choice([5, 300, SLICE + 3])), int(rng.integers(1, 6))
+    values = rng.normal(0, 1, int(rng.choice([1, 2, 5, 1000]))) * rng.choice([0.0, 1e-42, 1.0, 30.0, 1e38])
+    logits = rng.choice(np.clip(values, -3.4e38, 3.4e38).astype(F32), (6, n_vocab))
+    for row, odd in enumerate([-np.inf, -0.0, np.inf, np.nan, -np.nan]):
+        logits[row, rng.random(n_vocab) < rng.choice([0.001, 0.5, 1.0])] = odd
+    check_top_k(cuda, logits, k)
+    assert np.array_equal(run_top_k(cuda, logits, k)[0], run_top_k(ggml, logits, k)[0])
+
+
+def test_top_k_of_masked_tokens(cuda: EmulatedGgml) -> None:
+    logits = np.full((4, SLICE + 100), -np.inf, F32)
+    logits[1, SLICE + 7] = -3.0  # all of a slice masked, one token left
+    logits[2, [9, 3, SLICE + 1]] = 1.0
+    logits[3, :] = 0.0
+    logits[3, 1] = -0.0  # equal to the others
+    check_top_k(cuda, logits, 6)
+
+
+@pytest.mark.parametrize("falling", [False, True])
+def test_top_k_of_rows_that_defeat_the_bound(cuda: EmulatedGgml, falling: bool) -> None:
+    """The large logits all in few groups of threads: nearly all of a slice is gathered."""
+    logits = np.arange(SLICE, dtype=F32).reshape(256, 16).T.reshape(1, -1)
+    check_top_k(cuda, logits[:, ::-1] if falling else logits, 64)
+
+
+def test_top_k_stays_finite(cuda: EmulatedGgml) -> None:
+    _, logp = run_top_k(cuda, np.array([[3.4e38, -3.4e38]], F32), 2)
+    assert logp.tolist() == [[0.0, float(np.finfo(F32).min)]]

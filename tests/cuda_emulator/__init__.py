@@ -55,24 +55,33 @@ def compile_library(
     fork: Path,
     *,
     ggml_base: Path,
-    sources: Sequence[str] | None = None,
     change: Callable[[str, str], str] = lambda name, text: text,
+    unchanged: Path | None = None,
     flags: Sequence[str] = (),
 ) -> Path:
     """The tree ops of the fork laid out at `fork`, emulated, as a library in `folder`, linked with `ggml_base`.
 
-    `change(name, text)` may put a fault into a source before it is rewritten.
+    `change(name, text)` may put a fault into a source before it is rewritten; what it leaves alone is taken from
+    `unchanged`, the folder of an earlier library.
     """
     cuda = fork / "src" / "ggml-cuda"
     folder.mkdir(parents=True, exist_ok=True)
-    units = []
+    units: list[Path] = []
+    objects: list[str] = []
     for path in [cuda / "common.cuh", *sorted(cuda.glob("tree-*"))]:
         text = change(path.name, path.read_text())
+        if unchanged and path.suffix == ".cu" and text == path.read_text():
+            objects.append(str(unchanged / f"{path.name}.o"))
+            continue
         copy = folder / (path.name + (".cpp" if path.suffix == ".cu" else ""))
         copy.write_text(rewrite(text) if path.name != "common.cuh" else rewrite_common(text))
         if path.suffix == ".cu":
             units.append(copy)
-    units += [HERE / "emulator.cpp", HERE / "harness.cpp"]
+    for name in ("emulator.cpp", "harness.cpp"):
+        if unchanged:
+            objects.append(str(unchanged / f"{Path(name).stem}.o"))
+        else:
+            units.append(HERE / name)
     includes = [folder, HERE / "include", fork / "include", fork / "src", cuda]
     command = ["g++", *FLAGS, *flags, "-DGGML_CUDA_NO_VMM", *(f"-I{path}" for path in includes)]
     jobs = []
@@ -82,7 +91,7 @@ def compile_library(
     if any(job.wait() for job in jobs):
         raise RuntimeError("g++ refused a kernel; see its messages above")
     library = folder / "libemulated.so"
-    objects = [str(folder / f"{unit.stem}.o") for unit in units]
+    objects += [str(folder / f"{unit.stem}.o") for unit in units]
     link = ["g++", *flags, "-shared", *objects, "-o", str(library), str(ggml_base), f"-Wl,-rpath,{ggml_base.parent}"]
     subprocess.run(link, check=True)
     return library
@@ -100,11 +109,16 @@ class Emulator:
         self._library = ctypes.CDLL(str(library))
         self._library.emulator_supports.restype = ctypes.c_bool
         self._library.emulator_supports.argtypes = [ctypes.c_void_p]
+        self._library.emulator_drop_barrier.argtypes = [ctypes.c_char_p, ctypes.c_int]
         self._library.emulator_compute.restype = ctypes.c_char_p
         self._library.emulator_compute.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
 
     def supports(self, node: int) -> bool:
         return bool(self._library.emulator_supports(node))
+
+    def drop_barrier(self, file: str, line: int) -> None:
+        """Let threads run past one barrier from now on; line 0 puts it back."""
+        self._library.emulator_drop_barrier(file.encode(), line)
 
     def compute(self, node: int, *, order: str = "forward", seed: int = 0) -> None:
         """Compute one graph node in place of its backend. RuntimeError says what a kernel did wrong."""

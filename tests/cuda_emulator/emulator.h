@@ -42,6 +42,9 @@ const Thread & self();
 [[noreturn]] void fail(const std::string & what);
 
 void barrier(const char * file, int line);
+
+// From now on threads run past the barrier at this line of this file: a fault for tests of the tests.
+void drop_barrier(const std::string & file, int line);
 void sync_warp(const char * file, int line);
 uint32_t ballot(const char * file, int line, uint32_t mask, bool x);
 int reduce_add(const char * file, int line, uint32_t mask, int x);

@@ -6,13 +6,14 @@
 // an operand changed that was only to be read.
 #include "tree-ops.cuh"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-constexpr size_t canary_size = 0;
+constexpr size_t canary_size = 0; // the sanitizer sees the end of an allocation to the byte
 #else
 constexpr size_t canary_size = 256;
 #endif
@@ -28,8 +29,15 @@ std::map<const void *, Allocation> allocations;
 
 class DeviceMemory {
   public:
-    explicit DeviceMemory(size_t n) : n_(n), bytes_((char *) std::aligned_alloc(canary_size ? 256 : 16, padded(n))) {
-        memset(bytes_, canary, canary_size);
+    // where: an address whose place within 64 bytes the memory is to have too
+    explicit DeviceMemory(size_t n, const void * where = nullptr)
+        : n_(n), before_(canary_size + (uintptr_t) where % 64) {
+        void * bytes = nullptr;
+        if (posix_memalign(&bytes, 64, before_ + n + canary_size) != 0) {
+            throw emulator::Fault("no memory for an operand");
+        }
+        bytes_ = (char *) bytes;
+        memset(bytes_, canary, before_);
         memset(data(), 0xff, n);
         memset(data() + n, canary, canary_size);
         allocations[data()] = {data(), n, false, true};
@@ -40,25 +48,16 @@ class DeviceMemory {
     }
     DeviceMemory(const DeviceMemory &) = delete;
 
-    char * data() const { return bytes_ + canary_size; }
+    char * data() const { return bytes_ + before_; }
 
     bool intact() const {
-        for (size_t i = 0; i < canary_size; ++i) {
-            if ((unsigned char) bytes_[i] != canary || (unsigned char) data()[n_ + i] != canary) {
-                return false;
-            }
-        }
-        return true;
+        const auto is_canary = [](char c) { return (unsigned char) c == canary; };
+        return std::all_of(bytes_, data(), is_canary) && std::all_of(data() + n_, data() + n_ + canary_size, is_canary);
     }
 
   private:
-    size_t n_;
+    size_t n_, before_;
     char * bytes_;
-
-    // the sanitizer sees the end of an allocation to the byte, but aligned_alloc wants whole multiples
-    static size_t padded(size_t n) {
-        return canary_size ? (n + 2 * canary_size + 255) / 256 * 256 : (n + 15) / 16 * 16;
-    }
 };
 
 struct Pool : ggml_cuda_pool {
@@ -90,7 +89,7 @@ void compute(ggml_tensor * node) {
     ggml_tensor * in_place = nullptr;
     for (int i = 0; i < GGML_MAX_SRC && node->src[i]; ++i) {
         const size_t n = ggml_nbytes(node->src[i]);
-        memory[i] = std::make_unique<DeviceMemory>(n);
+        memory[i] = std::make_unique<DeviceMemory>(n, node->src[i]->data);
         memcpy(memory[i]->data(), node->src[i]->data, n);
         operands[i] = *node->src[i];
         operands[i].data = memory[i]->data();
@@ -104,7 +103,7 @@ void compute(ggml_tensor * node) {
         }
     }
     if (!in_place) {
-        result = std::make_unique<DeviceMemory>(ggml_nbytes(node));
+        result = std::make_unique<DeviceMemory>(ggml_nbytes(node), node->data);
         copy.data = result->data();
     }
     ggml_backend_cuda_context context(0);
@@ -157,6 +156,10 @@ extern "C" size_t emulator_allocations(Allocation * list, size_t n) {
         ++i;
     }
     return i;
+}
+
+extern "C" void emulator_drop_barrier(const char * file, int line) {
+    emulator::drop_barrier(file, line);
 }
 
 // -- what ggml-cuda.cu has for the ops ---------------------------------------------------------------------------------

@@ -50,11 +50,20 @@ struct delta_net_args {
 
     int64_t n;
     int hk, hv, dv;
-    float scale; // 1 / sqrt(d)
+    float scale;  // 1 / sqrt(d)
+    bool aligned; // q, k, v and state can be read 16 bytes at a time
 };
 
 __device__ float4 load4(const float * p) {
     return *(const float4 *) p;
+}
+
+__device__ float4 load4(const float * p, bool aligned) {
+    return aligned ? load4(p) : make_float4(p[0], p[1], p[2], p[3]);
+}
+
+__device__ void store4(float * p, const float4 x) {
+    *(float4 *) p = x;
 }
 
 __device__ void add_dot(float & sum, const float4 a, const float4 b) {
@@ -70,9 +79,10 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
     constexpr int lanes = n_max < WARP_SIZE ? n_max : WARP_SIZE; // neighbouring threads that share their columns
     constexpr int rows = n_max / lanes;                          // nodes of a thread: lane, lane + 32
     constexpr int groups = n_threads / lanes;
-    constexpr int own = columns / groups;                   // columns of a thread
-    constexpr int own_keys = (n_max + groups - 1) / groups; // nodes j whose k_j.k_i and k_j.q_i it computes
-    constexpr int fetches = 2 * n_max * chunk / n_threads;  // floats of a tile of K and Q that it loads
+    constexpr int own = columns / groups;                        // columns of a thread
+    constexpr int own_keys = (n_max + groups - 1) / groups;      // nodes j whose k_j.k_i and k_j.q_i it computes
+    constexpr int quads = 2 * n_max * chunk / 4;                 // of keys in a tile of K and Q
+    constexpr int fetches = (quads + n_threads - 1) / n_threads; // of those a thread loads
     constexpr int state_row = d + 4;
     constexpr int square_row = n_max + 1;
     constexpr int square_size = n_max * square_row;
@@ -103,8 +113,10 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
 
     const float * given = a.state + ((int64_t) head * a.dv + c0) * d;
 #pragma unroll
-    for (int at = tid; at < columns * d; at += n_threads) {
-        state[at / d * state_row + at % d] = at / d < n_columns ? given[at] : 0.0f;
+    for (int at = 4 * tid; at < columns * d; at += 4 * n_threads) {
+        const bool inside = at / d < n_columns;
+        store4(state + at / d * state_row + at % d,
+               inside ? load4(given + at, a.aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f));
     }
 
     for (int64_t first = 0; first < a.n; first += n_max) {
@@ -143,14 +155,17 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
         float k_key[rows][own_keys] = {}; // k_j.k_i
         float q_key[rows][own_keys] = {};
 
-        float fetched[fetches];
+        float4 fetched[fetches];
         const auto fetch = [&](int t0) {
 #pragma unroll
             for (int f = 0; f < fetches; ++f) {
                 const int at = tid + f * n_threads;
-                const int i = at / chunk % n_max;
-                const float * row = at / chunk < n_max ? k + (first + i) * a.k_node : q + (first + i) * a.q_node;
-                fetched[f] = i < n ? row[t0 + at % chunk] : 0.0f;
+                const int row = at / (chunk / 4);
+                const int t = t0 + at % (chunk / 4) * 4;
+                const int i = row % n_max;
+                const float * from = row < n_max ? k + (first + i) * a.k_node : q + (first + i) * a.q_node;
+                fetched[f] =
+                    row < 2 * n_max && i < n ? load4(from + t, a.aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             }
         };
         fetch(0);
@@ -159,7 +174,9 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
 #pragma unroll
             for (int f = 0; f < fetches; ++f) {
                 const int at = tid + f * n_threads;
-                tile[at / chunk * chunk_row + at % chunk] = fetched[f];
+                if (at < quads) {
+                    store4(tile + at / (chunk / 4) * chunk_row + at % (chunk / 4) * 4, fetched[f]);
+                }
             }
             __syncthreads();
             if (t0 + chunk < d) {
@@ -201,10 +218,16 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
         __syncthreads();
 
 #pragma unroll
-        for (int at = tid; at < n_max * columns; at += n_threads) {
+        for (int at = 4 * tid; at < n_max * columns; at += 4 * n_threads) {
             const int i = at / columns;
             const int c = at % columns;
-            tile[i * column_row + c] = i < n && c < n_columns ? v[(first + i) * a.v_node + c] : 0.0f;
+            const bool inside = i < n && c < n_columns;
+            const float4 x =
+                inside ? load4(v + (first + i) * a.v_node + c, a.aligned) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+            tile[i * column_row + c] = x.x;
+            tile[i * column_row + c + 1] = x.y;
+            tile[i * column_row + c + 2] = x.z;
+            tile[i * column_row + c + 3] = x.w;
         }
 #pragma unroll
         for (int u = 0; u < own_keys; ++u) {
@@ -361,6 +384,10 @@ void ggml_cuda_op_gated_delta_net_tree(ggml_backend_cuda_context & ctx, ggml_ten
     a.hv = (int) v->ne[1];
     a.dv = (int) v->ne[0];
     a.scale = 1.0f / sqrtf((float) k->ne[0]);
+    a.aligned = true;
+    for (const ggml_tensor * t : {q, k, v, (const ggml_tensor *) dst->src[5]}) {
+        a.aligned = a.aligned && ggml_cuda_is_aligned(t, 16);
+    }
 
     switch (k->ne[0]) {
     case 16:

@@ -9,11 +9,15 @@ bool ggml_cuda_tree_op_supported(const ggml_tensor * op) {
     constexpr int64_t max_grid_y = 65535;
     switch (op->op) {
     case GGML_OP_SSM_CONV_TREE:
-        return true;
+        return op->ne[1] <= max_grid_y;
     case GGML_OP_GATED_DELTA_NET_TREE:
         return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
+    case GGML_OP_TREE_MASK:
+    case GGML_OP_BLOCK_MASK:
+    case GGML_OP_TOP_K_LOGP:
+        return op->ne[1] <= max_grid_y;
     default:
         return false;
     }
@@ -29,6 +33,15 @@ void ggml_cuda_tree_op(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         break;
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         ggml_cuda_op_gated_delta_net_tree_persist(ctx, dst);
+        break;
+    case GGML_OP_TREE_MASK:
+        ggml_cuda_op_tree_mask(ctx, dst);
+        break;
+    case GGML_OP_BLOCK_MASK:
+        ggml_cuda_op_block_mask(ctx, dst);
+        break;
+    case GGML_OP_TOP_K_LOGP:
+        ggml_cuda_op_top_k_logp(ctx, dst);
         break;
     default:
         GGML_ABORT("not a tree op: %s", ggml_op_name(dst->op));

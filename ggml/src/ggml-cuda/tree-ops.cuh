@@ -13,3 +13,6 @@ void ggml_cuda_tree_op(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_ssm_conv_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_gated_delta_net_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_gated_delta_net_tree_persist(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void ggml_cuda_op_tree_mask(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void ggml_cuda_op_block_mask(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void ggml_cuda_op_top_k_logp(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
