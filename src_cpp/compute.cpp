@@ -6,6 +6,7 @@
 
 #include "backend.h"
 #include "error.h"
+#include "ggml-tree.h"
 
 namespace pf {
 
@@ -102,6 +103,7 @@ void Compute::place(Graph & graph) {
     if (!ggml_gallocr_alloc_graph(allocator_.get(), graph.gf)) {
         throw Error(PF_ERR_INTERNAL, "a compute graph could not be placed");
     }
+    ggml_graph_seal(graph.gf);
     while (graphs_.size() >= max_graphs) {
         graphs_.erase(std::min_element(graphs_.begin(), graphs_.end(), [](const auto & a, const auto & b) {
             return a.second->last_used < b.second->last_used;

@@ -2,12 +2,14 @@
 //
 // Stands in for libpydflash-ggml-cuda.so, to show on a machine without a GPU that a session runs on a device whose memory
 // is not the host's. All of that memory is inaccessible except while ggml copies into it, out of it, or computes: one
-// read or write through tensor->data anywhere else ends the process. Bytes and calls that cross are counted.
+// read or write through tensor->data anywhere else ends the process. Bytes and calls that cross are counted, and runs of
+// graphs that CUDA could replay from a recording: those that it is told are what they were, and that are.
 #include <sys/mman.h>
 
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <set>
 
 #include "ggml-backend-impl.h"
@@ -125,9 +127,53 @@ void free_backend(ggml_backend_t backend) {
     delete backend;
 }
 
+// ggml-cuda records a graph under its first node, and takes its uid for the promise that nothing in it has changed.
+struct Replays {
+    uint64_t recorded, replayed, unsealed, changed;
+} replays;
+
+uint64_t digest(const ggml_cgraph * graph) {
+    uint64_t hash = 1469598103934665603u; // FNV-1a
+    const auto add = [&](const void * data, size_t size) {
+        for (size_t i = 0; i < size; ++i) {
+            hash = (hash ^ static_cast<const uint8_t *>(data)[i]) * 1099511628211u;
+        }
+    };
+    for (int i = 0; i < graph->n_nodes; ++i) {
+        const ggml_tensor * node = graph->nodes[i];
+        add(node, sizeof *node);
+        for (const ggml_tensor * src : node->src) {
+            if (src) {
+                add(&src->data, sizeof src->data);
+                add(src->ne, sizeof src->ne);
+                add(src->nb, sizeof src->nb);
+            }
+        }
+    }
+    return hash;
+}
+
+void record(const ggml_cgraph * graph) {
+    struct Record {
+        uint64_t uid, digest;
+    };
+    static std::map<const void *, Record> records;
+    const Record now = {graph->uid, digest(graph)};
+    const auto known = records.find(graph->nodes[0]);
+    if (now.uid == 0) {
+        ++replays.unsealed;
+    } else if (known == records.end() || known->second.uid != now.uid) {
+        ++replays.recorded;
+    } else {
+        ++(known->second.digest == now.digest ? replays.replayed : replays.changed);
+    }
+    records[graph->nodes[0]] = now;
+}
+
 ggml_status graph_compute(ggml_backend_t backend, ggml_cgraph * graph) {
     const Unlocked unlocked;
     ++traffic.graphs;
+    record(graph);
     return ggml_backend_graph_compute(cpu(backend), graph);
 }
 
@@ -237,4 +283,8 @@ extern "C" const char * pydflash_cuda_unfit(int) {
 
 extern "C" void fake_cuda_traffic(Traffic * out) {
     *out = traffic;
+}
+
+extern "C" void fake_cuda_replays(Replays * out) {
+    *out = replays;
 }

@@ -298,3 +298,44 @@ def test_the_real_library_loads_and_finds_no_device(open_session: Open, package:
     assert result["warnings"][0].startswith(
         "device 'auto' is the CPU: the CUDA backend found no device: ggml_cuda_init: failed to initialize CUDA: "
     )
+
+
+# -- what CUDA graphs need -------------------------------------------------------------------------------------------
+
+STEPS = """
+import ctypes, json, sys
+import pydflash
+target, draft, fake = sys.argv[1:]
+traffic, replays = (ctypes.c_uint64 * 7)(), (ctypes.c_uint64 * 4)()
+out = []
+with pydflash.Session(target, draft, device="cuda", kv_type="f32", n_ctx=512, n_threads=1) as session:
+    def note():
+        ctypes.CDLL(fake).fake_cuda_traffic(traffic)
+        ctypes.CDLL(fake).fake_cuda_replays(replays)
+        counters = session.counters
+        counted = [counters.n_set, counters.bytes_set, counters.n_get, counters.bytes_get, counters.graph_runs]
+        out.append([counted, list(traffic)[:5], list(replays), counters.graphs_built, traffic[5]])
+    for temperature in (0.0, 0.0, 0.9):
+        note()
+        session.generate([3, 1, 4, 1, 5], max_tokens=60, temperature=temperature, seed=1, ignore_eos=True)
+    note()
+print(json.dumps(out))
+"""
+
+
+def test_every_run_of_a_graph_but_the_first_could_be_replayed(
+    package: Path, fake_cuda: Path, tiny_target: Path, tiny_draft: Path
+) -> None:
+    """And what a session counts is what the device saw."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)])}
+    command = [sys.executable, "-c", STEPS, str(tiny_target), str(tiny_draft), shutil.copy(fake_cuda, package)]
+    notes = json.loads(subprocess.run(command, env=environment, check=True, capture_output=True).stdout)
+    opened = notes[0][1]
+    for counted, seen, (recorded, replayed, unsealed, changed), built, allocated in notes:
+        assert counted == [b - a for a, b in zip(opened, seen, strict=True)]
+        assert (recorded, recorded + replayed) == (built, counted[-1])
+        assert unsealed == changed == 0
+        assert allocated == notes[0][4]
+    first, again = notes[1], notes[2]
+    assert first[2][1] > 10 * first[2][0]
+    assert again[2][0] == first[2][0], "the second run of a prompt builds nothing"

@@ -1,7 +1,7 @@
 // The tree ops of this fork: recurrent layers evaluated over a tree of tokens, and what keeps a decode step on the device:
 // its attention masks and the few likeliest tokens of a row.
 //
-// Owns: the builders of six graph ops and the meaning of their operands. Refuses (GGML_ASSERT in the builder): wrong
+// Owns: the builders of six graph ops and the meaning of their operands, and the sealing of graphs. Refuses (GGML_ASSERT in the builder): wrong
 // types or shapes, rows whose elements are not contiguous, head sizes that are not a multiple of 16.
 //
 // A tree is given by `parent`, i32 [N]: parent[i] < i is the node before node i, -1 is the committed state. A chain is
@@ -114,6 +114,10 @@ GGML_API struct ggml_tensor * ggml_block_mask(struct ggml_context * ctx, struct 
 // -inf is a masked token, and one among the k has log-probability -inf; any other has a finite one. A row with NaN, with
 // +inf, or with nothing finite gives all ids -1 and all log-probabilities -inf.
 GGML_API struct ggml_tensor * ggml_top_k_logp(struct ggml_context * ctx, struct ggml_tensor * logits, int k);
+
+// Says that a graph is as it will always be: nodes, operands, and where they lie. A backend that records what it runs
+// (CUDA) else compares every node with its record at every run, some megabytes of them.
+GGML_API void ggml_graph_seal(struct ggml_cgraph * graph);
 
 #ifdef __cplusplus
 }

@@ -2,6 +2,8 @@
 // nothing.
 #include "ggml-tree.h"
 
+#include "ggml-impl.h"
+
 // f32, elements of a row contiguous, at most n_dims dimensions
 static void check_rows(const struct ggml_tensor * t, int n_dims) {
     GGML_ASSERT(t->type == GGML_TYPE_F32);
@@ -168,4 +170,8 @@ struct ggml_tensor * ggml_top_k_logp(struct ggml_context * ctx, struct ggml_tens
     result->op = GGML_OP_TOP_K_LOGP;
     result->src[0] = logits;
     return result;
+}
+
+void ggml_graph_seal(struct ggml_cgraph * graph) {
+    graph->uid = ggml_graph_next_uid(); // by which a backend knows it again
 }
