@@ -308,7 +308,7 @@ std::vector<Plan::Row> cache_rows(const Caches & caches) {
         {"tree scratch", PF_ROW_COUNTED, caches.state.tree_bytes()},
     };
     if (caches.draft) {
-        rows.push_back({"feature ring", PF_ROW_COUNTED, caches.state.ring_bytes()});
+        rows.push_back({"feature ring", PF_ROW_COUNTED, caches.state.feature_bytes()});
         rows.push_back({"drafter K/V ring", PF_ROW_COUNTED, caches.draft->n_bytes()});
     }
     return rows;

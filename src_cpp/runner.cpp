@@ -58,11 +58,9 @@ const PassOutputs & Runner::pass(const Nodes & nodes, int64_t n, const PassOptio
 
     *host(g.n_committed) = (int32_t) n;
     std::copy_n(nodes.parent.data(), n_nodes, host(g.in.parent));
-    const int64_t n_ring = std::max<int64_t>(1, caches_.state.params.n_ring);
     for (int32_t i = 0; i < n_nodes; ++i) {
         host(g.in.pos)[i] = (int32_t) n + nodes.depth[(size_t) i];
         host(g.in.kv_rows)[i] = (int32_t) n + i;
-        host(g.in.ring_rows)[i] = (int32_t) ((n + i) % n_ring);
     }
     if (options.commit) {
         path_.resize((size_t) nodes.n_real);
@@ -97,25 +95,22 @@ void Runner::fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t
     }
     if (in.kv_from) {
         // Where nothing moves a row is copied onto itself: the root's, which always stays.
-        const int64_t n_ring = std::max<int64_t>(1, caches_.state.params.n_ring);
         for (int32_t i = 0; i < n_nodes; ++i) {
-            const int64_t from = n + (i < n_path ? path[i] : 0), to = n + (i < n_path ? i : 0);
-            host(in.kv_from)[i] = (int32_t) from;
-            host(in.kv_to)[i] = (int32_t) to;
-            host(in.ring_from)[i] = (int32_t) (from % n_ring);
-            host(in.ring_to)[i] = (int32_t) (to % n_ring);
+            host(in.kv_from)[i] = (int32_t) n + (i < n_path ? path[i] : 0);
+            host(in.kv_to)[i] = (int32_t) n + (i < n_path ? i : 0);
         }
     }
 }
 
 // ---- the drafter -------------------------------------------------------------------------------------------------
 
-void Runner::append_context(int64_t first, int32_t count) {
+void Runner::append_context(const int32_t * nodes, int32_t count, int64_t first) {
     const int32_t n = node_bucket(count);
     AppendGraph & g = graph(AppendShape{n});
     for (int32_t i = 0; i < n; ++i) {
-        const int64_t position = first + std::min(i, count - 1); // pads repeat the last
-        host(g.in.ring_rows)[i] = (int32_t) (position % caches_.state.params.n_ring);
+        const int32_t k = std::min(i, count - 1); // pads repeat the last
+        const int64_t position = first + k;
+        host(g.in.nodes)[i] = nodes ? nodes[k] : k;
         host(g.in.pos)[i] = (int32_t) position;
         host(g.in.slots)[i] = (int32_t) (i < count ? caches_.draft->slot(position) : caches_.draft->pad_slot());
     }

@@ -44,8 +44,9 @@ class Runner {
     const PassOutputs & pass(const Nodes & nodes, int64_t n, const PassOptions & options);
     // Commits a path (root first) of the tree that the last pass over n_nodes nodes left behind.
     void commit(const int32_t * path, int32_t n_path, int32_t n_nodes, int64_t n);
-    // Features of `count` committed positions from `first` on become context of the drafter.
-    void append_context(int64_t first, int32_t count);
+    // Features of `count` nodes of the last pass, which now stand committed from position `first` on, become context of
+    // the drafter; nodes may be null for the first `count`.
+    void append_context(const int32_t * nodes, int32_t count, int64_t first);
     // Drafts the block behind a pending token at position n: the n_rank likeliest tokens of each depth, likeliest first,
     // with their log-probabilities, each [n_depth, n_rank]; ids of -1 where a depth's logits are unusable.
     void draft(int32_t pending, int64_t n, int32_t n_depth, int32_t n_rank, int32_t * ids, float * logp);

@@ -135,7 +135,7 @@ void Session::evaluate(const int32_t * ids, uint64_t n, PassOptions options, Rea
         }
         read(runner_.pass(nodes_, n_, options), first, (size_t) count);
         if (options.taps) {
-            runner_.append_context(n_, count);
+            runner_.append_context(nullptr, count, n_);
         }
         n_ += count;
         first += (uint64_t) count;
@@ -259,7 +259,7 @@ void Session::commit(int32_t n_keep) {
             runner_.commit(accepted_.path, n_keep, nodes_.n, n_);
         }
         if (drafter_) {
-            runner_.append_context(n_, n_keep);
+            runner_.append_context(accepted_.path, n_keep, n_);
         }
         n_ += n_keep;
         pending_ = accepted_.tokens[n_keep - 1];

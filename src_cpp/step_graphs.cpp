@@ -18,8 +18,8 @@ StateParams state_params(const Drafter * drafter, const pf_session_params & p) {
     if (drafter) {
         // With an f32 target cache drafting is f32 throughout, else half precision will do.
         s.n_taps = (int) drafter->taps.size();
-        s.n_ring = std::max(p.n_batch, PF_MAX_NODES); // a pass: its features become context before the next
-        s.type_ring = s.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
+        s.n_features = std::max(p.n_batch, PF_MAX_NODES);
+        s.type_features = s.type_k == GGML_TYPE_F32 ? GGML_TYPE_F32 : GGML_TYPE_BF16;
     }
     return s;
 }
@@ -46,7 +46,7 @@ class IndexBlock {
 };
 
 int64_t n_commit_indices(const StateShape & s, int64_t n_nodes, bool move_rows) {
-    return (s.n_recurrent > 0 ? n_nodes + 2 * (s.conv_width - 1) : 0) + (move_rows ? 4 * n_nodes : 0);
+    return (s.n_recurrent > 0 ? n_nodes + 2 * (s.conv_width - 1) : 0) + (move_rows ? 2 * n_nodes : 0);
 }
 
 CommitInputs commit_inputs(IndexBlock & indices, const StateShape & s, int64_t n_nodes, bool move_rows) {
@@ -59,8 +59,6 @@ CommitInputs commit_inputs(IndexBlock & indices, const StateShape & s, int64_t n
     if (move_rows) {
         in.kv_from = indices.take(n_nodes);
         in.kv_to = indices.take(n_nodes);
-        in.ring_from = indices.take(n_nodes);
-        in.ring_to = indices.take(n_nodes);
     }
     return in;
 }
@@ -104,14 +102,13 @@ void build(const Caches & caches, const PassShape & shape, PassGraph & g) {
     const PassOptions & options = shape.options;
     const StateShape & s = caches.target.state_shape;
     const int64_t n = shape.n_nodes;
-    IndexBlock indices(b, 4 * n + 1 + (options.commit ? n_commit_indices(s, n, false) : 0));
+    IndexBlock indices(b, 3 * n + 1 + (options.commit ? n_commit_indices(s, n, false) : 0));
     g.indices = indices.all();
     g.n_committed = indices.take(1);
     g.in.embd = b.input(GGML_TYPE_F32, caches.target.n_embd, n);
     g.in.pos = indices.take(n);
     g.in.parent = indices.take(n);
     g.in.kv_rows = indices.take(n);
-    g.in.ring_rows = indices.take(n);
     g.in.mask = ggml_tree_mask(b.ctx, g.in.parent, g.n_committed, shape.n_kv);
     if (options.commit) {
         g.commit = commit_inputs(indices, s, n, false);
@@ -148,10 +145,10 @@ void build(const Caches & caches, const AppendShape & shape, AppendGraph & g) {
     const GraphBuilder b = g.builder();
     IndexBlock indices(b, 3 * shape.n);
     g.indices = indices.all();
-    g.in.ring_rows = indices.take(shape.n);
+    g.in.nodes = indices.take(shape.n);
     g.in.pos = indices.take(shape.n);
     g.in.slots = indices.take(shape.n);
-    caches.drafter->build_append(b, g.in, caches.state.ring, *caches.draft);
+    caches.drafter->build_append(b, g.in, caches.state.features, *caches.draft);
 }
 
 GraphKey DraftShape::key() const {

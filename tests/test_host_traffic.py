@@ -82,14 +82,14 @@ class Formula:
 
     def bytes_set(self, n_kept: int, *, drafted: bool, moved: bool) -> int:
         columns = 2 * (self.conv - 1)  # where the convolution's new columns come from
-        total = self.tree_embeddings + I32 * (4 * self.n_nodes + 1)  # parent, position, KV row, ring row; n
+        total = self.tree_embeddings + I32 * (3 * self.n_nodes + 1)  # parent, position, KV row; n
         if drafted:
             total += F32 * self.n_embd + I32 * (self.block + 1)  # the pending token, positions; n
         total += I32 * (self.n_nodes + columns)  # the path, in the pass itself or in the commit
         if moved:
-            total += I32 * 4 * self.n_nodes  # KV rows and ring rows, from and to
+            total += I32 * 2 * self.n_nodes  # KV rows, from and to
         if self.block:
-            total += I32 * 3 * bucket(n_kept)  # ring rows, positions and slots for the drafter's context
+            total += I32 * 3 * bucket(n_kept)  # nodes, positions and slots for the drafter's context
         return total
 
     @staticmethod
@@ -198,7 +198,7 @@ def test_the_27b_at_128k_stays_under_64_kib() -> None:
     formula = Formula(n_embd=5120, n_nodes=23)
     most = formula.bytes_set(BLOCK, drafted=True, moved=True) + formula.bytes_got(23, BLOCK - 1, 22)
     assert formula.tree_embeddings == 460 * 1024
-    assert most - formula.tree_embeddings == 24_420
+    assert most - formula.tree_embeddings == 24_144
 
 
 # -- graphs and memory ---------------------------------------------------------------------------------------------

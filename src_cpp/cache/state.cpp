@@ -76,9 +76,9 @@ State::State(const StateShape & shape_in, const StateParams & params_in, const M
         recurrent_.allocate(memory, "the recurrent state");
     }
     if (params.n_taps > 0) {
-        ring_ = TensorBlock(1);
-        ring = ring_.add(params.type_ring, (int64_t) params.n_taps * shape.n_embd, params.n_ring);
-        ring_.allocate(memory, "the ring of target features");
+        features_ = TensorBlock(1);
+        features = features_.add(params.type_features, (int64_t) params.n_taps * shape.n_embd, params.n_features);
+        features_.allocate(memory, "the features of a pass");
     }
     if (hadamard_k && !memory.planned) {
         fill_hadamard(hadamard_k);
@@ -154,9 +154,6 @@ void State::commit_tree(const GraphBuilder & b, int n_nodes, const CommitInputs 
         for (int i = 0; i < shape.n_attn; ++i) {
             move(k[i], in.kv_from, in.kv_to);
             move(v[i], in.kv_from, in.kv_to);
-        }
-        if (ring) {
-            move(ring, in.ring_from, in.ring_to);
         }
     }
 }

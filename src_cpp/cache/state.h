@@ -1,5 +1,5 @@
 // What a target remembers: KV cache, recurrent and convolution state, the scratch a verified tree leaves behind for its
-// commit, and the feature ring. Owns the tensors; the committed length is the session's to know.
+// commit, and the features of a pass for the drafter. Owns the tensors; the committed length is the session's to know.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ struct StateParams {
     int64_t n_ctx = 0;
     ggml_type type_k = GGML_TYPE_F16;
     ggml_type type_v = GGML_TYPE_F16;
-    int n_taps = 0; // 0: no drafter, no ring
-    int64_t n_ring = 0;
-    ggml_type type_ring = GGML_TYPE_BF16;
+    int n_taps = 0;         // 0: no drafter, no features
+    int64_t n_features = 0; // nodes of the largest pass
+    ggml_type type_features = GGML_TYPE_BF16;
 };
 
 // Index tensors of a commit, filled from an accepted path.
@@ -41,8 +41,6 @@ struct CommitInputs {
     ggml_tensor * conv_from = nullptr; // [K-1] i32, rows of (old state | tail) that the new state takes
     ggml_tensor * kv_from = nullptr;   // [N] i32 rows; null when nothing moves
     ggml_tensor * kv_to = nullptr;     // [N] i32
-    ggml_tensor * ring_from = nullptr; // [N] i32
-    ggml_tensor * ring_to = nullptr;   // [N] i32
 };
 
 class State {
@@ -60,7 +58,7 @@ class State {
     std::vector<ggml_tensor *> k, v;    // [head_dim * n_head_kv, n_rows] an attention layer
     std::vector<ggml_tensor *> s;       // [d_key, d_value, n_value_heads] f32, a recurrent layer
     std::vector<ggml_tensor *> conv;    // [channels, K-1] f32, row 0 oldest
-    ggml_tensor * ring = nullptr;       // [n_taps * n_embd, n_ring] slot p % n_ring
+    ggml_tensor * features = nullptr;   // [n_taps * n_embd, n_features] row i: node i of the last pass
     ggml_tensor * hadamard_k = nullptr; // [n, n] orthonormal
     ggml_tensor * hadamard_v = nullptr;
 
@@ -77,7 +75,7 @@ class State {
 
     uint64_t kv_bytes() const { return kv_.n_bytes(); } // with the rotations
     uint64_t recurrent_bytes() const { return recurrent_.n_bytes(); }
-    uint64_t ring_bytes() const { return ring_.n_bytes(); }
+    uint64_t feature_bytes() const { return features_.n_bytes(); }
     uint64_t tree_bytes() const { return scratch_.n_bytes(); }
 
     // Recurrent state back to the beginning; KV rows need no clearing, since no mask opens them.
@@ -93,7 +91,7 @@ class State {
 
   private:
     Memory memory_;
-    TensorBlock kv_, recurrent_, ring_;
+    TensorBlock kv_, recurrent_, features_;
     TensorBlock scratch_;
 };
 

@@ -175,11 +175,11 @@ void Drafter::embed(int32_t token, float * out) const {
     embed_rows(token_embd_ ? token_embd_ : target_->token_embd(), &token, 1, out);
 }
 
-void Drafter::build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * feature_ring,
+void Drafter::build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * features,
                            const DraftCache & cache) const {
     ggml_context * ctx = b.ctx;
     const int64_t n = in.pos->ne[0];
-    ggml_tensor * feat = ggml_get_rows(ctx, feature_ring, in.ring_rows);   // [n_taps * n_embd, R]
+    ggml_tensor * feat = ggml_get_rows(ctx, features, in.nodes);           // [n_taps * n_embd, R]
     ggml_tensor * c = b.rms_norm(b.linear(fc_, feat), hidden_norm_, eps_); // [n_embd, R]
     for (size_t i = 0; i < layers_.size(); ++i) {
         const Layer & l = layers_[i];

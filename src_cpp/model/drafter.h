@@ -39,9 +39,9 @@ class DraftCache {
 };
 
 struct AppendInputs {
-    ggml_tensor * ring_rows = nullptr; // [R] i32, rows of the feature ring
-    ggml_tensor * pos = nullptr;       // [R] i32
-    ggml_tensor * slots = nullptr;     // [R] i32
+    ggml_tensor * nodes = nullptr; // [R] i32, rows of the last pass's features
+    ggml_tensor * pos = nullptr;   // [R] i32
+    ggml_tensor * slots = nullptr; // [R] i32
 };
 
 struct DraftInputs {
@@ -68,7 +68,7 @@ class Drafter {
     void embed(int32_t token, float * out) const;
 
     // Features of R committed positions become keys and values in the ring.
-    void build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * feature_ring,
+    void build_append(const GraphBuilder & b, const AppendInputs & in, ggml_tensor * features,
                       const DraftCache & cache) const;
     // One pass over the block; logits of slots 1 .. n_depth, [n_vocab, n_depth].
     ggml_tensor * build_draft(const GraphBuilder & b, const DraftInputs & in, int64_t n_kv, int32_t n_depth,

@@ -16,12 +16,11 @@ void embed_rows(const ggml_tensor * table, const int32_t * ids, int64_t n, float
 
 // Inputs of one pass over N nodes.
 struct PassInputs {
-    ggml_tensor * embd = nullptr;      // [n_embd, N] f32
-    ggml_tensor * pos = nullptr;       // [N] i32, n + depth
-    ggml_tensor * parent = nullptr;    // [N] i32
-    ggml_tensor * kv_rows = nullptr;   // [N] i32, cache row of each node
-    ggml_tensor * mask = nullptr;      // [n_kv, N] f16
-    ggml_tensor * ring_rows = nullptr; // [N] i32, ring slot of each node
+    ggml_tensor * embd = nullptr;    // [n_embd, N] f32
+    ggml_tensor * pos = nullptr;     // [N] i32, n + depth
+    ggml_tensor * parent = nullptr;  // [N] i32
+    ggml_tensor * kv_rows = nullptr; // [N] i32, cache row of each node
+    ggml_tensor * mask = nullptr;    // [n_kv, N] f16
 };
 
 // What a pass says of every node: nothing, the likeliest token alone, or all of its logits.
@@ -30,7 +29,7 @@ enum class PassHead { none, choice, logits };
 struct PassOptions {
     bool commit = false; // the accepted path is known beforehand: advance the state inside the graph
     PassHead head = PassHead::none;
-    const std::vector<int32_t> * taps = nullptr;    // layers whose input goes to the ring
+    const std::vector<int32_t> * taps = nullptr;    // layers whose input goes to state.features
     const std::vector<int32_t> * capture = nullptr; // layers whose input is an output of the graph
 };
 
