@@ -28,9 +28,8 @@ constexpr uint64_t assumed_cpu = 32 * MiB;           // threads, tables, Python
 // Where a plan's tensors would lie.
 struct Site {
     bool on_cuda;
-    bool loaded;                      // the weights are there already, and not part of what is free
-    ggml_backend_buffer_type_t type;  // as allocated
-    ggml_backend_buffer_type_t plain; // the same without flash attention's copies
+    bool loaded; // the weights are there already, and not part of what is free
+    ggml_backend_buffer_type_t type;
     uint64_t free;
 };
 
@@ -38,16 +37,16 @@ Site find_site(const Target & target, const PlanPlace & place) {
     require(place.device.empty() || place.device == "cpu" || place.device == "cuda",
             "device must be \"cpu\" or \"cuda\"");
     if (place.device == "cuda" && place.free > 0) {
-        return {true, false, cuda_plan_type(true), cuda_plan_type(false), place.free};
+        return {true, false, cuda_plan_type(), place.free};
     }
     ggml_backend_dev_t device = place.device.empty() ? target.weights().device() : find_device(place.device);
     ggml_backend_buffer_type_t type = ggml_backend_dev_buffer_type(device);
     if (is_host(device)) {
-        return {false, false, type, type, place.free ? place.free : free_host_memory()};
+        return {false, false, type, place.free ? place.free : free_host_memory()};
     }
     size_t free = 0, all = 0;
     ggml_backend_dev_memory(device, &free, &all);
-    return {true, place.device.empty(), type, cuda_plan_type(false), free};
+    return {true, place.device.empty(), type, free};
 }
 
 // Bytes of a model's weights on the device, each at the device's alignment: as they are, and with the wide ones at Q8_0.
@@ -142,8 +141,8 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
     for_each_largest_graph(caches, params, [&](const auto & shape) {
         typename std::decay_t<decltype(shape)>::Graph graph(max_graph_nodes(target, drafter));
         build(caches, shape, graph);
-        const uint64_t bytes = graph_bytes(graph.gf, site.plain);
-        buffer = std::max(buffer, site.type == site.plain ? bytes : graph_bytes(graph.gf, site.type));
+        const uint64_t bytes = graph_bytes(graph.gf, without_copies(site.type));
+        buffer = std::max(buffer, graph_bytes(graph.gf, site.type));
         plain = std::max(plain, bytes);
         scratch = std::max(scratch, product_scratch(graph.gf));
         const char * name = shape_name(shape);
@@ -156,7 +155,7 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
     });
     add("compute buffer", plain);
     if (site.on_cuda) {
-        add("flash attention's f16 copy of K and V", std::max(buffer, plain) - plain, PF_ROW_ASSUMED);
+        add("flash attention's f16 copy of K and V", buffer - plain, PF_ROW_ASSUMED);
         add("CUDA context and cuBLAS", assumed_cuda_context + assumed_cublas, PF_ROW_ASSUMED);
         add("CUDA pool", scratch + assumed_attention, PF_ROW_ASSUMED);
     } else {

@@ -46,6 +46,7 @@ with warnings.catch_warnings(record=True) as said:
             with pydflash.Session(target, draft, device=wanted, n_threads=1, **options) as session:
                 out["device"] = session.device
                 out["ids"] = session.generate(PROMPT, max_tokens=24, ignore_eos=True).ids
+                out["plan"], out["memory"] = session.plan.as_dict(), session.memory
     except pydflash.PydflashError as error:
         out["error"] = [type(error).__name__, str(error)]
 out["warnings"] = [str(w.message) for w in said]
@@ -241,6 +242,10 @@ def test_a_session_runs_on_memory_the_host_cannot_touch(open_session: Open, fake
     on_device = open_session("auto", fake=fake_cuda)
     assert (on_device["device"], on_device["warnings"]) == ("cuda", [])
     assert on_device["ids"] == on_cpu["ids"]
+    for result in (on_cpu, on_device):  # what was planned is what is allocated; the plan's figures are MiB
+        assert {name: round(n / 2**20, 3) for name, n in result["memory"].items()} == {
+            name: result["plan"][name] for name in result["memory"]
+        }
 
 
 def test_an_op_that_the_device_lacks_is_a_sentence_at_opening(open_session: Open, fake_cuda: Path) -> None:
