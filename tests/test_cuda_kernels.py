@@ -6,7 +6,12 @@ those of test_tree_ops; every problem runs with the threads in forward, backward
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import ctypes
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +21,7 @@ import pytest
 
 from tests import cuda_emulator
 from tests.cuda_emulator import ORDERS, Emulator
-from tests.ggml_ops import Ggml, Graph, library_folder
+from tests.ggml_ops import Ggml, Graph, TensorHead, library_folder
 from tests.test_step_ops import block_mask, run_block_mask, run_top_k, run_tree_mask, top_k, tree_mask
 from tests.test_tree_ops import (
     F32,
@@ -92,8 +97,12 @@ def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def cuda(fork: Path, tmp_path_factory: pytest.TempPathFactory) -> EmulatedGgml:
-    library = cuda_emulator.compile_library(tmp_path_factory.mktemp("emulated"), fork, ggml_base=GGML_BASE)
+def library(fork: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return cuda_emulator.compile_library(tmp_path_factory.mktemp("emulated"), fork, ggml_base=GGML_BASE)
+
+
+@pytest.fixture(scope="session")
+def cuda(library: Path) -> EmulatedGgml:
     return EmulatedGgml(library)
 
 
@@ -392,3 +401,145 @@ def test_top_k_of_rows_that_defeat_the_bound(cuda: EmulatedGgml, falling: bool) 
 def test_top_k_stays_finite(cuda: EmulatedGgml) -> None:
     _, logp = run_top_k(cuda, np.array([[3.4e38, -3.4e38]], F32), 2)
     assert logp.tolist() == [[0.0, float(np.finfo(F32).min)]]
+
+
+# -- tests of the tests: faults put into the kernels have to be found ---------------------------------------------
+
+
+def check_conv(cuda: EmulatedGgml) -> None:
+    operands = make_conv(comb(9), 130, 4, 0)
+    for _ in cuda.orders():
+        assert_close(run_conv(cuda, *operands, comb(9)), convolve(*operands, comb(9)))
+
+
+def check_persist(cuda: EmulatedGgml) -> None:
+    p = make(comb(9), d=32, dv=48, hk=1, hv=2)
+    for _ in cuda.orders():
+        assert_close(run_persist(cuda, p, [0, 2, 4]), replay(p)[2][4])
+
+
+def check_mask(cuda: EmulatedGgml) -> None:
+    for _ in cuda.orders():
+        assert np.array_equal(run_tree_mask(cuda, comb(9), 7, 24), tree_mask(comb(9), 7, 24))
+
+
+def check_logits(cuda: EmulatedGgml) -> None:
+    check_top_k(cuda, np.random.default_rng(0).normal(0, 4, (2, SLICE + 900)).astype(F32), 8)
+
+
+def check_chain(cuda: EmulatedGgml) -> None:
+    check_tree(cuda, make(chain(150), d=32, dv=48, hk=1, hv=1))
+
+
+CHECKS: dict[str, Callable[[EmulatedGgml], object]] = {
+    "tree-conv.cu": check_conv,
+    "tree-delta-net.cu": check_chain,
+    "tree-mask.cu": check_mask,
+    "tree-persist.cu": check_persist,
+    "tree-top-k.cu": check_logits,
+}
+KERNELS = {name: cuda_emulator.GGML / "src" / "ggml-cuda" / name for name in CHECKS}
+BARRIERS = [
+    (name, line)
+    for name, path in KERNELS.items()
+    for line, text in enumerate(path.read_text().splitlines(), 1)
+    if "__syncthreads" in text and "for speed alone" not in text
+]
+
+
+@pytest.mark.parametrize(("name", "line"), BARRIERS, ids=str)
+def test_every_barrier_is_missed(cuda: EmulatedGgml, name: str, line: int) -> None:
+    CHECKS[name](cuda)
+    cuda.emulator.drop_barrier(f"{name}.cpp", line)
+    try:
+        with pytest.raises((AssertionError, RuntimeError)):
+            CHECKS[name](cuda)
+    finally:
+        cuda.emulator.drop_barrier("", 0)
+
+
+FAULTS = {  # kernel: what stands there, what is put in its place, what is said of it
+    "tree-conv.cu": ("if (c >= a.channels) {", "if (c >= a.channels || c == 77) {", "isfinite"),
+    "tree-mask.cu": ("if (column >= n_kv) {", "if (column >= n_kv + width) {", "wrote beside its result"),
+    "tree-persist.cu": (
+        "state[(int64_t) c * d + s * across] = w",
+        "state[(int64_t) c * d + s * across + 1] = w",
+        "assert|wrote",
+    ),
+    "tree-top-k.cu": (
+        "maximum = larger(maximum, __shfl_xor",
+        "if (tid % 32 != 5) maximum = larger(maximum, __shfl_xor",
+        r"deadlock in block(.|\n)*waits for its warp at tree-top-k\.cu\.cpp:\d+, mask ffffffff",
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def faulty(fork: Path, library: Path, tmp_path_factory: pytest.TempPathFactory) -> EmulatedGgml:
+    def change(name: str, text: str) -> str:
+        if name in FAULTS:
+            right, wrong, _ = FAULTS[name]
+            assert text.count(right) == 1, f"{name} no longer has the line that this test breaks"
+            text = text.replace(right, wrong)
+        return text
+
+    folder = tmp_path_factory.mktemp("faulty")
+    return EmulatedGgml(
+        cuda_emulator.compile_library(folder, fork, ggml_base=GGML_BASE, change=change, unchanged=library.parent)
+    )
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_planted_faults_are_found(faulty: EmulatedGgml, name: str) -> None:
+    with pytest.raises((AssertionError, RuntimeError), match=FAULTS[name][2]):
+        CHECKS[name](faulty)
+
+
+# -- once under the address and undefined-behaviour sanitizers ----------------------------------------------------
+
+
+def sanitized(library: str, n_missing: int) -> None:
+    """Everything once, in the shuffled order; `n_missing` entries of a parent tensor are not there."""
+    cuda = EmulatedGgml(Path(library))
+    cuda.order, cuda.seed = "shuffled", 1
+    cuda.orders = lambda: iter([None])  # type: ignore[method-assign]
+    for check in CHECKS.values():
+        check(cuda)
+    for n, dv in ((5, 16), (23, 48), (64, 32)):
+        check_tree(cuda, make(binary(n), d=32, dv=dv, hk=2, hv=3))
+    test_slices_of_one_matrix(cuda)
+    test_convolution_of_slices(cuda)
+    assert np.array_equal(run_block_mask(cuda, 50, 75, 16, 40, 9, True), block_mask(50, 75, 16, 40, 9, True))
+    if n_missing:
+        with cuda.graph() as graph:
+            operands = [graph.tensor(a) for a in make_conv(comb(9), 130, 4, 0)]
+            parent = graph.tensor(comb(9))
+            result = graph.op("ggml_ssm_conv_tree", *operands, parent)
+            graph.prepare(result)
+            ctypes.cast(parent, ctypes.POINTER(TensorHead)).contents.ne[0] -= n_missing
+            cuda.emulator.compute(result)
+
+
+def test_sanitizers_find_nothing(fork: Path, tmp_path: Path) -> None:
+    """And would: a kernel that reads beyond an operand is stopped."""
+
+    def change(name: str, text: str) -> str:  # one head size takes a quarter of the time to compile
+        return re.sub(r"launch_delta_net_tree<\d+>\(a,", "launch_delta_net_tree<32>(a,", text)
+
+    flags = cuda_emulator.SANITIZE
+    library = cuda_emulator.compile_library(tmp_path, fork, ggml_base=GGML_BASE, change=change, flags=flags)
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    environment = {**os.environ, "LD_PRELOAD": runtime, "ASAN_OPTIONS": "detect_leaks=0", "GGML_NO_BACKTRACE": "1"}
+
+    def run(n_missing: int) -> subprocess.CompletedProcess[str]:
+        script = f"from tests.test_cuda_kernels import sanitized; sanitized({str(library)!r}, {n_missing})"
+        command = [sys.executable, "-c", script]
+        root = cuda_emulator.HERE.parents[1]
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+
+    clean, broken = run(0), run(1)
+    assert clean.returncode == 0, clean.stderr
+    assert "runtime error" not in clean.stderr
+    assert broken.returncode != 0
+    assert "heap-buffer-overflow" in broken.stderr
+    assert "conv_tree" in broken.stderr

@@ -330,8 +330,7 @@ __global__ void __launch_bounds__(n_threads, n_max > WARP_SIZE ? 2 : 3) delta_ne
                 float & entry = state[(m * down + tid / across) * state_row + s * across + tid % across];
                 entry = decay[n - 1] * entry + sum[m][s];
             }
-        }
-        __syncthreads();
+        } // the next run's first barrier comes before anything of this that a thread might still read
     }
 }
 
