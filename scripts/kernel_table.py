@@ -17,7 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -115,23 +115,12 @@ def compile_units(
     return Compiled(read_resources(text), units, threads)
 
 
-def plain_name(mangled: str) -> str:
-    """`delta_net_tree<128, 32>` of a mangled name: the last name in it and its integer template arguments."""
-    at = mangled.find("_Z") + 2
-    nested = mangled.startswith("N", at)
-    at += nested
-    name = ""
-    while match := re.compile(r"L?(\d+)").match(mangled, at):
-        at = match.end() + int(match[1])
-        name = mangled[match.end() : at]
-        if not nested:
-            break
-    arguments = re.match(r"I((?:L[a-z]\w+?E)+)E", mangled[at:])
-    if not arguments:
-        return name
-    numbers = re.findall(r"L([a-z])(n?)(\d+)E", arguments[1])
-    values = [{"0": "false", "1": "true"}[n] if kind == "b" else "-" * bool(sign) + n for kind, sign, n in numbers]
-    return f"{name}<{', '.join(values)}>"
+def plain_names(mangled: Iterable[str]) -> dict[str, str]:
+    """`delta_net_tree<128, 32>` of each mangled name: no namespaces, no parameters."""
+    names = list(mangled)
+    run = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
+    plain = (line.replace("(anonymous namespace)::", "").removeprefix("void ") for line in run.stdout.splitlines())
+    return {name: line.partition("(")[0] for name, line in zip(names, plain, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -171,27 +160,28 @@ def resident_blocks(found: Resources, threads: int) -> int:
 
 @dataclass(frozen=True)
 class Shape:
-    """What of a model the kernels see, for one step."""
+    """What of a model the kernels see in one step."""
 
     n_layer: int  # of Gated DeltaNet
-    hk: int
-    hv: int
-    d: int
-    taps: int
+    hk: int  # key heads
+    hv: int  # value heads
+    d: int  # of a head
+    taps: int  # of the convolution
     channels: int
-    nodes: int
-    accepted: int
     n_vocab: int
-    n_kv: int
-    block: int
-    drafter_kv: int
-    k: int
+    nodes: int  # of the tree, root included
+    path: int  # accepted nodes
+    n_kv: int  # columns of the target's mask
+    block: int  # of the drafter
+    depth: int  # rows of its logits that are ranked
+    rank: int  # tokens taken of each
+    slots: int  # columns of its mask
 
 
 SHAPES = {
     "27b": Shape(
-        n_layer=48, hk=16, hv=48, d=128, taps=4, channels=10240, nodes=23, accepted=6, n_vocab=248320, n_kv=131072,
-        block=16, drafter_kv=4096 + 16, k=16,
+        n_layer=48, hk=16, hv=48, d=128, taps=4, channels=10240, n_vocab=248320, nodes=23, path=6, n_kv=131072,
+        block=16, depth=15, rank=22, slots=4352,
     ),
 }  # fmt: skip
 
@@ -212,22 +202,38 @@ MOVED = (
         "ssm_conv_tree",
         "conv_tree<4>",
         lambda s: s.n_layer,
-        "4 channels (2 nodes + (taps - 1) + taps)",
-        lambda s: 4 * s.channels * (2 * s.nodes + s.taps - 1 + s.taps),
+        "4 channels (2 nodes + 2 taps - 1)",
+        lambda s: 4 * s.channels * (2 * s.nodes + 2 * s.taps - 1),
     ),
     Moved(
         "gated_delta_net_tree",
         "delta_net_tree<128, 32>",
         lambda s: s.n_layer,
-        "4 (hv d^2 + nodes d (3 hv + 2 hk) + 2 nodes hv)",
-        lambda s: 4 * (s.hv * s.d**2 + s.nodes * s.d * (3 * s.hv + 2 * s.hk) + 2 * s.nodes * s.hv),
+        "4 (hv d d + nodes (d (3 hv + 2 hk) + 2 hv))",
+        lambda s: 4 * (s.hv * s.d**2 + s.nodes * (s.d * (3 * s.hv + 2 * s.hk) + 2 * s.hv)),
     ),
     Moved(
         "gated_delta_net_tree_persist",
         "delta_net_persist<128>",
         lambda s: s.n_layer,
-        "4 (2 hv d^2 + accepted (d (hv + hk) + hv))",
-        lambda s: 4 * (2 * s.hv * s.d**2 + s.accepted * (s.d * (s.hv + s.hk) + s.hv)),
+        "4 (2 hv d d + path (d (hv + hk) + hv))",
+        lambda s: 4 * (2 * s.hv * s.d**2 + s.path * (s.d * (s.hv + s.hk) + s.hv)),
+    ),
+    Moved("tree_mask", "fill_mask<8, tree_rule>", lambda s: 1, "2 n_kv nodes", lambda s: 2 * s.n_kv * s.nodes),
+    Moved("block_mask", "fill_mask<8, block_rule>", lambda s: 2, "2 slots block", lambda s: 2 * s.slots * s.block),
+    Moved(
+        "top_k_logp of the verify",
+        "top_k_of_slice",
+        lambda s: 1,
+        "4 n_vocab nodes + 8 nodes",
+        lambda s: 4 * s.n_vocab * s.nodes + 8 * s.nodes,
+    ),
+    Moved(
+        "top_k_logp of the draft",
+        "top_k_of_slice",
+        lambda s: 1,
+        "4 n_vocab depth + 8 rank depth",
+        lambda s: 4 * s.n_vocab * s.depth + 8 * s.rank * s.depth,
     ),
 )
 
@@ -243,9 +249,10 @@ def resource_table(compiled: Compiled, architectures: Sequence[str]) -> str:
         f"|-|-:|{'-:|' * len(architectures)}-:|-|-:|",
     ]
     kernels: dict[str, dict[str, Resources]] = {}
+    plain = plain_names({found.kernel for found in compiled.resources} | set(compiled.threads))
     for found in compiled.resources:
-        kernels.setdefault(plain_name(found.kernel), {})[found.architecture] = found
-    threads = {plain_name(name): n for name, n in compiled.threads.items()}
+        kernels.setdefault(plain[found.kernel], {})[found.architecture] = found
+    threads = {plain[name]: n for name, n in compiled.threads.items()}
     for name in sorted(kernels, key=lambda name: [int(x) if x.isdigit() else x for x in re.split(r"(\d+)", name)]):
         by = kernels[name]
         spills = [f"sm_{a}: {by[a].spilled} + {by[a].stack}" for a in architectures if by[a].spilled or by[a].stack]

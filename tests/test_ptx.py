@@ -283,6 +283,36 @@ def test_blocks_and_axes() -> None:
         assert out.written()
 
 
+def test_atomic_counters() -> None:
+    """A counter of each block in shared memory hands out places; one in global memory is shared by the blocks."""
+    body = """
+    .shared .align 4 .b8 counter[4]; mov.u32 %r1, counter; setp.eq.s32 %p1, %r0, 0; @%p1 st.shared.u32 [%r1], 3;
+    {} setp.gt.u32 %p2, %r0, 40; @%p2 bra $end;
+    atom.shared.add.u32 %r2, [%r1], 2; mov.u32 %r3, %ctaid.x; mul.wide.u32 %rd6, %r3, 256; add.s64 %rd7, %rd4, %rd6;
+    st.global.u32 [%rd7], %r2; atom.global.add.u32 %r4, [%rd2], %r0;
+$end:"""
+    out, total = (Buffer(name, np.zeros(n, np.uint32), writable=True) for name, n in (("out", 192), ("total", 1)))
+    launch(module(body.format("bar.sync 0;")).kernel("k"), (3, 1, 1), (64, 1, 1), [out, total], lanes_at_once=128)
+    assert out.array.reshape(3, 64).tolist() == [[2 * t + 3 if t <= 40 else 0 for t in range(64)]] * 3
+    assert total.array.tolist() == [3 * 820]
+    with pytest.raises(RaceError, match="atomic at line"):
+        launch(module(body.format("")).kernel("k"), (3, 1, 1), (64, 1, 1), [out, total])
+    both = module("atom.global.add.u32 %r1, [%rd2], 1; st.global.u32 [%rd2], 1;").kernel("k")
+    with pytest.raises(RaceError, match="buffer 'total'"):
+        launch(both, (1, 1, 1), (64, 1, 1), [0, total])
+
+
+def test_division_in_double() -> None:
+    """Divisions in f64 are Newton's iteration from a gross reciprocal."""
+    body = """
+    ld.global.f32 %f1, [%rd5]; cvt.ftz.f64.f32 %fd1, %f1; rcp.approx.ftz.f64 %fd2, %fd1; neg.f64 %fd3, %fd1;
+    fma.rn.f64 %fd4, %fd3, %fd2, 0d3FF0000000000000; fma.rn.f64 %fd4, %fd4, %fd4, %fd4;
+    fma.rn.f64 %fd5, %fd4, %fd2, %fd2;
+    add.s64 %rd6, %rd4, %rd3; st.global.f64 [%rd6], %fd5;"""
+    x = np.linspace(0.1, 900, 64, dtype=F32)
+    np.testing.assert_allclose(run(body, x, out=64, dtype=np.float64), 1 / x.astype(float), rtol=3e-16)
+
+
 def test_local_memory_belongs_to_a_thread() -> None:
     body = """
     .local .align 8 .b8 depot[16]; .reg .b64 %SP; .reg .b64 %SPL;
@@ -492,7 +522,8 @@ def test_too_many_threads() -> None:
         "bar.sync 1;",
         "bar.sync 0, 32;",
         "call.uni (%r1), f, (%r2);",
-        "atom.global.add.u32 %r1, [%rd1], 1;",
+        "atom.global.cas.b32 %r1, [%rd1], 1, 2;",
+        "atom.global.add.f32 %f1, [%rd1], %f2;",
         "ld.global.b128 %rd1, [%rd2];",
         "shfl.bfly.b32 %r1, %r0, 1, 31;",
         "mov.u32 %rd1, %r1;",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.ptx import values
-from tests.ptx.memory import INITIALISED, RED_ZONE, Array, OutOfBoundsError
+from tests.ptx.memory import ATOMIC, INITIALISED, READ, RED_ZONE, WRITE, Array, OutOfBoundsError
 from tests.ptx.parse import (
     Address,
     Instruction,
@@ -188,6 +188,8 @@ class Compiler:
             return self.convert_address(parts, operands)
         if base in ("shfl", "vote", "redux", "activemask"):
             return self.collective(instruction)
+        if base == "atom":
+            return self.atomic_add(instruction)
         if base in ("membar", "fence"):
             return lambda m, lanes: None  # orders memory between blocks, which are never taken to be ordered here
         meaning = values.meaning(instruction.opcode)
@@ -280,7 +282,7 @@ class Compiler:
                 for memory, offsets, among, some in m.resolve(address(m, lanes), lanes, space, size):
                     cells = memory.cells(offsets, size, width, False)
                     if memory.races:
-                        memory.races.note(cells, m.threads.of(some), False, line)
+                        memory.races.note(cells, m.threads.of(some), READ, line)
                         if constant and memory.constant_reads is not None:
                             memory.constant_reads[cells] = True
                     data = memory.data.view(bits)
@@ -298,13 +300,46 @@ class Compiler:
             for memory, offsets, among, some in m.resolve(address(m, lanes), lanes, space, size):
                 cells = memory.cells(offsets, size, width, True)
                 if memory.races:
-                    memory.races.note(cells, m.threads.of(some), True, line)
+                    memory.races.note(cells, m.threads.of(some), WRITE, line)
                 memory.state[cells] = INITIALISED
                 data = memory.data.view(bits)
                 for i, part in enumerate(parts_):
                     data[offsets // width + i] = part[among] if part.ndim else part
 
         return store
+
+    def atomic_add(self, instruction: Instruction) -> Step:
+        """atom.add: lanes that meet at an address add one after another, in the order of their numbers."""
+        _, *parts = instruction.parts
+        *rest, kind = parts
+        spaces = [part for part in rest if part in ("global", "shared")]
+        if {*rest} - {"relaxed", "gpu", "cta", *spaces} != {"add"} or len(spaces) != 1 or kind not in ("u32", "s32"):
+            raise UnsupportedError(f"instruction {instruction.opcode}")
+        result, place, value = instruction.operands
+        if not isinstance(place, Address):
+            raise UnsupportedError(f"address {place}")
+        put, address, get, line = self.target(result), self.address(place), self.source(value, "u32"), instruction.line
+
+        def add(m: Machine, lanes: Lanes) -> None:
+            before = np.empty(m.n_lanes if lanes is None else len(lanes), np.uint32)
+            for memory, offsets, among, some in m.resolve(address(m, lanes), lanes, spaces[0], 4):
+                cells = memory.cells(offsets, 4, 4, True)
+                memory.cells(offsets, 4, 4, False)
+                if memory.races:
+                    memory.races.note(cells, m.threads.of(some), ATOMIC, line)
+                data, at = memory.data.view(np.uint32), offsets // 4
+                added = np.broadcast_to(get(m, some), at.shape)
+                order = np.argsort(at, kind="stable")
+                sums = np.cumsum(added[order], dtype=np.uint32) - added[order]  # of all lanes before, at any address
+                starts = np.concatenate([[True], at[order][1:] != at[order][:-1]])
+                base = sums[starts][np.cumsum(starts) - 1]
+                old = np.empty_like(sums)
+                old[order] = data[at[order]] + (sums - base)
+                before[among] = old
+                np.add.at(data, at, added)
+            put(m, lanes, before)
+
+        return add
 
     def parameter(self, place: Address, items: Sequence[Operand], kind: str) -> Step:
         """ld.param by name: one value for all lanes."""

@@ -20,6 +20,7 @@ from tests.ptx.parse import PtxError
 Array = np.ndarray[Any, np.dtype[Any]]
 CLOSED, OPEN, INITIALISED = 0, 1, 2
 NOBODY, MANY = -1, -2
+READ, WRITE, ATOMIC = 0, 1, 2  # what an access does; atomic ones do not race with each other
 RED_ZONE = 256  # bytes
 
 
@@ -62,7 +63,7 @@ class _Entry:
     cells: Array
     threads: Threads
     clocks: tuple[Array, Array]  # copies: the clocks go on
-    writes: bool
+    kind: int
     line: int
 
 
@@ -74,11 +75,11 @@ class Races:
         self.n_logged = 0
         self._n_cells = n_cells
         self._owner = np.full(n_cells if between_blocks else 0, NOBODY, np.int64)  # block
-        self._written = np.zeros(n_cells if between_blocks else 0, bool)
+        self._written, self._plain = (np.zeros(n_cells if between_blocks else 0, bool) for _ in range(2))
 
-    def note(self, cells: Array, threads: Threads, writes: bool, line: int) -> None:
+    def note(self, cells: Array, threads: Threads, kind: int, line: int) -> None:
         clocks = (threads.block_clock.copy(), threads.warp_clock.copy())
-        self._log.append(_Entry(cells, threads, clocks, writes, line))
+        self._log.append(_Entry(cells, threads, clocks, kind, line))
         self.n_logged += cells.size
 
     def settle(self) -> None:
@@ -94,17 +95,17 @@ class Races:
             return np.concatenate([np.repeat(part, n) if n > 1 else part for part, n in zip(parts, width, strict=True)])
 
         cells = np.concatenate([entry.cells.ravel() for entry in self._log])
-        writes = np.repeat([entry.writes for entry in self._log], [entry.cells.size for entry in self._log])
+        kind = np.repeat([entry.kind for entry in self._log], [entry.cells.size for entry in self._log])
         number = gather([entry.threads.number for entry in self._log]).astype(np.int64)
         block = gather([entry.threads.block for entry in self._log]).astype(np.int64)
         block_clock = gather([entry.clocks[0] for entry in self._log])
         warp_clock = gather([entry.clocks[1] for entry in self._log])
 
         if self._owner.size:
-            self._between_blocks(cells, block, writes)
+            self._between_blocks(cells, block, kind)
         # Cells of different blocks differ, or were just told apart, so the clocks alone make an epoch.
-        self._look(cells, block_clock, number // 32, writes)  # between warps
-        self._look(cells, block_clock * (int(warp_clock.max()) + 1) + warp_clock, number, writes)  # inside a warp
+        self._look(cells, block_clock, number // 32, kind)  # between warps
+        self._look(cells, block_clock * (int(warp_clock.max()) + 1) + warp_clock, number, kind)  # inside a warp
         self._log.clear()
         self.n_logged = 0
 
@@ -112,41 +113,43 @@ class Races:
         """Whether any of these (a mask over all) was written by a launch so far."""
         return bool((self._written & cells).any())
 
-    def _between_blocks(self, cells: Array, block: Array, writes: Array) -> None:
+    def _between_blocks(self, cells: Array, block: Array, kind: Array) -> None:
         fresh = self._owner[cells] == NOBODY
         self._owner[cells[fresh]] = block[fresh]
         self._owner[cells[(self._owner[cells] != block)]] = MANY
-        self._written[cells[writes]] = True
-        raced = self._written[cells] & (self._owner[cells] == MANY)
+        self._written[cells[kind != READ]] = True
+        self._plain[cells[kind != ATOMIC]] = True
+        raced = (self._written & self._plain)[cells] & (self._owner[cells] == MANY)
         if raced.any():
             self._raise(int(cells[raced][0]))
 
-    def _look(self, cells: Array, epoch: Array, owner: Array, writes: Array) -> None:
-        """Raise where one cell has, in one epoch, two owners and a write."""
+    def _look(self, cells: Array, epoch: Array, owner: Array, kind: Array) -> None:
+        """Raise where one cell has, in one epoch, two owners, a write, and an access that is not atomic."""
         if (epoch == epoch[0]).all():
             keys, n_keys = cells, self._n_cells
         else:
             written = np.zeros(self._n_cells, bool)
-            written[cells[writes]] = True
+            written[cells[kind != READ]] = True
             among = written[cells]  # only these can race, and they are few
-            cells, epoch, owner, writes = cells[among], epoch[among], owner[among], writes[among]
+            cells, epoch, owner, kind = cells[among], epoch[among], owner[among], kind[among]
             distinct, keys = np.unique(np.stack([cells, epoch]), axis=1, return_inverse=True)
             keys, n_keys = keys.ravel(), distinct.shape[1]
         first = np.empty(n_keys, np.int64)
         first[keys] = owner
-        shared, written = np.zeros(n_keys, bool), np.zeros(n_keys, bool)
+        shared, written, plain = (np.zeros(n_keys, bool) for _ in range(3))
         shared[keys[first[keys] != owner]] = True
-        written[keys[writes]] = True
-        raced = (shared & written)[keys]
+        written[keys[kind != READ]] = True
+        plain[keys[kind != ATOMIC]] = True
+        raced = (shared & written & plain)[keys]
         if raced.any():
             self._raise(int(cells[raced][0]))
 
     def _raise(self, cell: int) -> None:
         """Name some of the accesses to the cell, writes first."""
         found = []
-        for entry in sorted(self._log, key=lambda entry: not entry.writes):
+        for entry in sorted(self._log, key=lambda entry: entry.kind == READ):
             for i in np.nonzero(entry.cells.reshape(len(entry.threads.number), -1) == cell)[0][:2]:
-                name = f"{'write' if entry.writes else 'read'} at line {entry.line} by {entry.threads.name(int(i))}"
+                name = f"{('read', 'write', 'atomic')[entry.kind]} at line {entry.line} by {entry.threads.name(int(i))}"
                 found.append(f"{name} after {entry.clocks[0][i]} barriers")
         raise RaceError(f"cell {cell}: " + "; ".join(dict.fromkeys(found[:6])))
 

@@ -158,6 +158,11 @@ def insert_field(a: Array, b: Array, position: Array, length: Array) -> Array:
     return (b & ~field) | (shift_left(a, position & 255) & field)
 
 
+def gross_reciprocal(a: Array) -> Array:
+    """rcp.approx.ftz.f64: the upper half of the reciprocal's bits, to begin Newton's iteration with."""
+    return (np.atleast_1d(1 / a).view(np.uint64) & np.uint64(0xFFFFFFFF00000000)).view(np.float64)
+
+
 def unordered(a: Array, b: Array) -> Array:
     return np.isnan(a) | np.isnan(b)
 
@@ -226,6 +231,18 @@ SINGLE: dict[str, tuple[int, Function]] = {  # f32
     "div.rn": (2, in_double(np.divide)),
 }
 
+DOUBLE: dict[str, tuple[int, Function]] = {  # f64
+    "add": (2, np.add),
+    "sub": (2, np.subtract),
+    "mul": (2, np.multiply),
+    "fma": (3, lambda a, b, c: np.asarray(np.longdouble(a) * b + c, np.float64)),
+    "min": (2, np.fmin),
+    "max": (2, np.fmax),
+    "neg": (1, np.negative),
+    "abs": (1, np.abs),
+    "rcp.approx.ftz": (1, gross_reciprocal),
+}
+
 ROUNDINGS = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}
 
 
@@ -272,6 +289,8 @@ def conversion(parts: list[str]) -> Function:
         if to == "bf16":
             return round_bf16(value)
         result = value.astype(target)
+        if "ftz" in modifiers and target == np.float32:
+            result = flush(result)
         return np.clip(np.nan_to_num(result, nan=0.0), 0, 1) if "sat" in modifiers else result
 
     return convert
@@ -351,7 +370,7 @@ def meaning(opcode: str) -> Meaning | None:
         if (found := SINGLE.get(stem.replace(".ftz", ""))) is not None:
             return Meaning(kind, (kind,) * found[0], flushing(found[1]) if flushes else found[1])
     elif kind == "f64":
-        found = {"add": (2, np.add), "sub": (2, np.subtract), "mul": (2, np.multiply)}.get(stem.replace(".rn", ""))
+        found = DOUBLE.get(stem.replace(".rn", ""))
         if found:
             return Meaning(kind, (kind,) * found[0], found[1])
     elif kind[:1] in ("b", "u", "s") and kind != "bf16" and (found := INTEGER.get(stem)) is not None:
