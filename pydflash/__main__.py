@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 
 from pydflash.errors import PydflashError
@@ -68,7 +69,7 @@ def run_plan(options: argparse.Namespace) -> int:
         device=options.device,
         vram=options.vram,
     )
-    print(json.dumps(made.as_dict(), indent=1) if options.json else made)
+    print(json.dumps(made.as_dict(), indent=1) if options.json else made, flush=True)
     if not made.fits:
         print(f"error: it does not fit into {made.free:,.1f} MiB", file=sys.stderr)
     return 0 if made.fits else 1
@@ -81,6 +82,9 @@ def main(arguments: list[str] | None = None) -> int:
         return int(options.run(options))
     except PydflashError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whoever read has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 

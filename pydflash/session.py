@@ -61,7 +61,7 @@ class Session:
     n_ctx: tokens the session can hold, prompt and output together, at most what the model was trained for. None: the
         largest that fits into the free memory with a twentieth of it to spare.
     kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V. "auto": the first of
-        f16, q8_0 and q4_0 with which n_ctx fits.
+        f16 and q8_0 with which n_ctx fits in the same way, else q4_0.
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
         set aside for trees of this size; a run that asks for a larger one allocates more.
     chain: draft one line of tokens instead of a tree.

@@ -346,16 +346,23 @@ Plan make_plan(const Target & target, const Drafter * drafter, const pf_session_
     pf_session_params p = given;
     p.n_ctx = open_context ? target.n_ctx_train : given.n_ctx;
 
-    Plan plan;
+    std::vector<ggml_type> types; // f16 divides everything, so there is one
     for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
-        if (!divides(target, type)) {
-            continue; // f16 divides everything, so there is a plan
+        if (divides(target, type)) {
+            types.push_back(type);
         }
+    }
+    if (given.type_k != -1 && given.type_v != -1) {
+        types.resize(1);
+    }
+    Plan plan;
+    for (const ggml_type type : types) {
         p.type_k = given.type_k == -1 ? type : given.type_k;
         p.type_v = given.type_v == -1 ? type : given.type_v;
         plan = planner.at(p);
-        plan.fits = open_context ? fits_with_room(plan) : plan.fits;
-        if (plan.fits || (given.type_k != -1 && given.type_v != -1)) {
+        // What was asked for may use all there is; what is chosen leaves some, while there is another choice.
+        plan.fits = open_context || type != types.back() ? fits_with_room(plan) : plan.fits;
+        if (plan.fits) {
             break;
         }
     }

@@ -29,7 +29,7 @@ struct Plan {
     std::vector<Row> rows;
     uint64_t total = 0; // of the rows that count
     uint64_t free = 0;  // memory to fit into
-    bool fits = false;  // into all of `free`; when the context was left open, with a twentieth to spare
+    bool fits = false;  // into all of `free`; with a twentieth of it to spare where there was a choice
     std::string advice; // what would fit; empty when it fits
 
     uint64_t operator[](const char * name) const;
@@ -42,8 +42,8 @@ struct PlanPlace {
     uint64_t free = 0;  // bytes; 0: what the device has free now
 };
 
-// Plans a session, choosing what params leave open: n_ctx 0 is the largest that fits, KV types -1 the first of f16, q8_0
-// and q4_0 that does. drafter may be null. Throws PF_ERR_ARGUMENT or PF_ERR_UNSUPPORTED for what no session can be.
+// Plans a session, choosing what params leave open so that a twentieth of the memory stays free: n_ctx 0 is the largest
+// context with which it does, KV types -1 the first of f16, q8_0 and q4_0 (q4_0 may use all there is). drafter may be null. Throws PF_ERR_ARGUMENT or PF_ERR_UNSUPPORTED for what no session can be.
 Plan make_plan(const Target & target, const Drafter * drafter, const pf_session_params & params,
                const PlanPlace & place = {});
 

@@ -143,10 +143,12 @@ typedef struct pf_session pf_session;
 
 typedef struct pf_session_params {
     uint32_t size;
-    int32_t n_ctx; /* tokens the session can hold, at most what the model was trained for; 0: the largest that fits
-                       the free memory with a twentieth to spare */
-    int32_t
-        type_k; /* ggml_type of the K cache: f32, f16, q8_0 or q4_0; -1: the first of f16, q8_0 and q4_0 that fits */
+    /* Tokens the session can hold, at most what the model was trained for. 0: the largest context that leaves a
+     * twentieth of the free memory. */
+    int32_t n_ctx;
+    /* ggml_types of the K and V cache: f32, f16, q8_0 or q4_0. -1: the first of f16 and q8_0 with which n_ctx leaves a
+     * twentieth of the free memory, else q4_0. */
+    int32_t type_k;
     int32_t type_v;
     int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
     int32_t n_ring;    /* positions the drafter can attend to: slots of its context K/V ring */

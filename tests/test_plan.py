@@ -176,11 +176,11 @@ def test_auto_takes_the_first_type_that_fits(long_target: Path) -> None:
     }
     assert totals["f16"] > totals["q8_0"] > totals["q4_0"]
     for kv, total in totals.items():
-        chosen = plan(long_target, device="cpu", n_ctx=1 << 20, vram=int(total * MIB) + MIB)
-        assert (chosen.kv_type, chosen.fits) == ((kv, kv), True)
-        # with the context left open, the context the model was trained for must leave a twentieth
-        chosen = plan(long_target, device="cpu", vram=int(total / 0.95 * MIB) + MIB)
-        assert (chosen.kv_type, chosen.n_ctx) == ((kv, kv), 1 << 20)
+        for n_ctx in (1 << 20, None):  # left open, it is the context that the model was trained for
+            chosen = plan(long_target, device="cpu", n_ctx=n_ctx, vram=int(total / 0.95 * MIB) + MIB)
+            assert (chosen.kv_type, chosen.n_ctx, chosen.fits) == ((kv, kv), 1 << 20, True)
+    tight = plan(long_target, device="cpu", n_ctx=1 << 20, vram=int(totals["q4_0"] * MIB) + MIB)
+    assert (tight.kv_type, tight.fits) == (("q4_0", "q4_0"), True), "the last choice may use all there is"
     smallest = plan(long_target, device="cpu", vram=int(totals["q4_0"] * MIB))
     assert smallest.kv_type == ("q4_0", "q4_0")
     assert smallest.n_ctx < 1 << 20
