@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from measuring import BUDGET, ROOT, Progress, Timeline, anonymous_mib, document, parted, say
+from measuring import ROOT, Progress, Timeline, anonymous_mib, document, parted, say
 
 import pydflash
 from pydflash._gguf import Gguf
@@ -36,6 +36,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree of 32": {"budget": 32},
 }
 MIB = 1 << 20
+DEEP_BUDGET = 22  # nodes of the trees at depth: what a 24 GB card is planned with
 QUICK_TESTS = "tree_follows_the_recurrence and 7 or persist_skips"
 
 
@@ -117,7 +118,7 @@ def ops(a: argparse.Namespace) -> Iterator[Row]:
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
-def open_session(a: argparse.Namespace, n_ctx: int) -> pydflash.Session:
+def open_session(a: argparse.Namespace, n_ctx: int, budget: int) -> pydflash.Session:
     k, comma, v = a.kv_type.partition(",")
     return pydflash.Session(
         a.target,
@@ -126,7 +127,7 @@ def open_session(a: argparse.Namespace, n_ctx: int) -> pydflash.Session:
         n_ctx=n_ctx,
         kv_type=(k, v) if comma else k,
         n_threads=a.n_threads,
-        budget=BUDGET,
+        budget=budget,
     )
 
 
@@ -135,9 +136,9 @@ def open_largest(a: argparse.Namespace, wanted: list[int]) -> tuple[pydflash.Ses
     refused: list[Row] = []
     for n_ctx in sorted(wanted, reverse=True):
         try:
-            return open_session(a, n_ctx), refused
+            return open_session(a, n_ctx, DEEP_BUDGET), refused
         except pydflash.OutOfMemoryError as error:
-            refused.append({"n_ctx": n_ctx, "refused": str(error)})
+            refused.append({"n_ctx": n_ctx, "refused": str(error).splitlines()[0].rstrip(":.")})
     return None, refused
 
 
@@ -146,7 +147,7 @@ def prompts(a: argparse.Namespace) -> Iterator[Row]:
     shipped = json.loads(a.prompts.read_text())["prompts"]
     n_gen = 12 if a.quick else 128
     kept: dict[str, int] = {}
-    with open_session(a, 256 if a.quick else 2048) as session:
+    with open_session(a, 256 if a.quick else 2048, 32) as session:
         ways = list(WAYS.items())[: 3 if a.quick else None]
         for _, options in ways:  # graphs are built and kernels loaded by whoever comes first
             session.generate("Once", max_tokens=8, ignore_eos=True, **options)
@@ -182,7 +183,7 @@ def depths(a: argparse.Namespace) -> Iterator[Row]:
     """One timeline through a long document: at each depth, some tokens in each way."""
     wanted = [64, 160] if a.quick else [1024, 16 * 1024, 32 * 1024, 64 * 1024, 128 * 1024]
     n_gen = 8 if a.quick else 64
-    ways = {way: WAYS[way] for way in ("plain", "chain", f"tree of {BUDGET}")}
+    ways = {way: WAYS[way] for way in ("plain", "chain", f"tree of {DEEP_BUDGET}")}
     room = (n_gen + 1) * len(ways)
     most = a.n_ctx or model_context(a.target)
     session, refused = open_largest(a, [min(depth + room, most) for depth in wanted])
@@ -234,26 +235,15 @@ def memory(a: argparse.Namespace) -> Iterator[Row]:
         opened = taken()
         timeline = Timeline(session)
         timeline.append(document(session, min(session.n_ctx // 2, 2048)))
-        for options in WAYS.values():
-            timeline.decode(2, **options)
+        for way in ("plain", "chain", f"tree of {DEEP_BUDGET}"):
+            timeline.decode(2, **WAYS[way])
         used = taken()
     yield {"what": "before opening", "mib": round(before, 1)}
     yield {"what": f"taken by opening, n_ctx {session.n_ctx:,}", "mib": round(opened - before, 1)}
     yield {"what": "taken by opening and running", "mib": round(used - before, 1)}
-    yield from planned(a, session.n_ctx)
-
-
-def planned(a: argparse.Namespace, n_ctx: int) -> Iterator[Row]:
-    """The plan of the same session, by row."""
-    try:
-        from pydflash.plan import plan
-    except ImportError:
-        yield {"what": "planned", "mib": None}
-        return
-    made = plan(a.target, a.draft, n_ctx=n_ctx, kv_type=a.kv_type, budget=BUDGET, device=a.kind)
-    for row in made.rows:
+    for row in session.plan.rows:
         yield {"what": f"planned: {row.name}", "mib": round(row.mib, 1), "how": row.kind}
-    yield {"what": "planned", "mib": round(made.total, 1)}
+    yield {"what": "planned, total", "mib": round(session.plan.total, 1)}
 
 
 def model_context(target: str) -> int:

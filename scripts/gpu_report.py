@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shutil
 import signal
@@ -31,7 +32,7 @@ from gpu_parts import MIB, Row
 from measuring import PARTS as STEP_PARTS
 from measuring import ROOT, fingerprint, machine, table, timed, write_csv
 
-from pydflash import models
+from pydflash import models, options
 
 # GB/s of device memory, as the makers state them; of the names that fit a card's, the longest counts.
 BANDWIDTHS = {
@@ -71,7 +72,8 @@ def run_part(report: Report, part: str) -> None:
     with tempfile.TemporaryDirectory() as folder, timed(part):
         file = Path(folder) / "rows"
         command = [sys.executable, str(Path(__file__).resolve()), *report.arguments, "--kind", report.a.kind]
-        with subprocess.Popen([*command, "--part", part, str(file)], stderr=subprocess.PIPE) as process:
+        quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml starts a debugger on what it aborts
+        with subprocess.Popen([*command, "--part", part, str(file)], env=quiet, stderr=subprocess.PIPE) as process:
             assert process.stderr is not None
             said = pass_on(process.stderr)
         report.rows[part] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
@@ -230,7 +232,7 @@ def show_breakdown(report: Report, rows: list[Row]) -> str:
 
 def show_memory(report: Report, rows: list[Row]) -> str:
     ran = [row for row in rows if "refused" not in row]
-    body = [(row["what"], "-" if row["mib"] is None else f"{row['mib']:,.1f}", row.get("how", "")) for row in ran]
+    body = [(row["what"], f"{row['mib']:,.1f}", row.get("how", "")) for row in ran]
     text = table(["memory", "MiB", ""], body) + refusals(rows)
     if report.a.kind == "cpu":
         text += "\n\nOn the CPU weights are mapped files; what was taken is this process's anonymous memory."
@@ -239,7 +241,7 @@ def show_memory(report: Report, rows: list[Row]) -> str:
 
 def refusals(rows: list[Row]) -> str:
     """Contexts that the device had no room for."""
-    return "".join(f"\n\nn_ctx {r['n_ctx']:,} was refused: {r['refused'].rstrip('.')}." for r in rows if "refused" in r)
+    return "".join(f"\n\nn_ctx {r['n_ctx']:,} was refused: {r['refused']}." for r in rows if "refused" in r)
 
 
 SHOWN: dict[str, Callable[[Report, list[Row]], str]] = {
@@ -289,6 +291,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--kind", default="cpu", help=argparse.SUPPRESS)  # what the device turned out to be
     p.add_argument("--part", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     a = p.parse_args(arguments)
+    if not set(a.kv_type.split(",")) <= set(options.KV_TYPES):
+        p.error(f"--kv-type is {a.kv_type}; it must be one of {', '.join(options.KV_TYPES)}, or two of them: K,V")
     if a.target and not a.draft:
         p.error("--target goes with --draft: half of what is measured is drafting")
     if not a.target:

@@ -52,18 +52,20 @@ class Plan:
     rings: list[tuple[int, int, int]]  # n_ring, tokens of a prompt, prompts
     ring_depths: list[int]  # exactness of the ring of the last n_ring
     n_gen: int
+    deepest_rounded: int  # of quantised caches: the CPU's attention unpacks them again for every token
 
 
 FULL = Plan(
     depths=[1_000, 8_000, 32_000, 100_000],
     speed_depths=[1_000, 2_000, 4_000, 6_000, *range(8_000, 100_001, 4_000)],
     speed_steps=12,
-    kv_depths=[1_000, 8_000, 32_000],
-    kv_prompts=40,
+    kv_depths=[1_000, 8_000],
+    kv_prompts=60,
     kv_prompt_length=1_000,
-    rings=[(256, 768, 240), (512, 1_000, 240), (4096, 6_144, 200)],
+    rings=[(256, 1_000, 60), (512, 1_000, 200), (4096, 6_144, 40)],
     ring_depths=[4_095, 4_096, 4_097, 8_192, 10_000],
     n_gen=64,
+    deepest_rounded=32_000,
 )
 QUICK = Plan(
     depths=[300, 1_200],
@@ -75,6 +77,7 @@ QUICK = Plan(
     rings=[(256, 600, 4)],
     ring_depths=[255, 257, 700],
     n_gen=16,
+    deepest_rounded=1_200,
 )
 
 
@@ -108,6 +111,11 @@ class Bench:
         given = {"n_ctx": self.a.n_ctx, "n_batch": self.a.n_batch, "n_threads": self.a.n_threads, **options}
         return pydflash.Session(self.legal_target(f32=f32), self.draft, kv_type=kv_type, **given)
 
+    def depths(self, wanted: list[int], kv_type: str, room: int) -> list[int]:
+        """The depths that the context has room for, and of quantised caches those that the CPU has time for."""
+        most = min(self.a.n_ctx - room, self.a.deepest or self.plan.deepest_rounded if kv_type[0] == "q" else 1 << 31)
+        return [depth for depth in wanted if depth <= most]
+
     def write(self, part: str, rows: list[dict[str, Any]], markdown: str) -> None:
         write_csv(self.a.out / f"long_{part}.csv", rows)
         text = f"    {self.command(part)}\n\n{markdown}\n\n{machine()}.\n"
@@ -128,7 +136,7 @@ def equal(bench: Bench) -> None:
     plan, rows = bench.plan, []
     for kv_type in bench.a.kv_types or ["f32", "q4_0"]:
         f32 = kv_type == "f32"  # exact to the token only when weights and cache are
-        depths = [d for d in plan.depths if d + plan.n_gen <= bench.a.n_ctx]
+        depths = bench.depths(plan.depths, kv_type, plan.n_gen)
         with bench.session(kv_type, f32=f32) as session, timed(f"equal, {kv_type}"):
             opened = anonymous_mib()
             text = document(session, max(depths))
@@ -148,10 +156,10 @@ def equal(bench: Bench) -> None:
                     row["prefill_tps"] = round(depth / seconds, 1)
                     row[f"{way}_ms_per_token"] = round(decoded.ms_per_token, 3)
                     row[f"{way}_per_pass"] = round(decoded.per_pass, 3)
-                # Graphs are made as their shapes appear, so flat means: from the end of the first depth on.
-                flat_from = flat_from or len(memory) - 1
                 row |= {"memory_mib": round(memory[-1], 1), "memory_opened_mib": round(opened, 1)}
+                # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
                 row["memory_growth_mib"] = round(max(memory[flat_from:]) - memory[flat_from], 1)
+                flat_from = len(memory) - 1
                 rows.append(row)
             for row, texts in zip(rows[-len(depths) :], said, strict=True):
                 at = parted(texts["plain"], texts["tree"])
@@ -188,10 +196,10 @@ def equal_markdown(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]  # fmt: skip
     memory = [
-        f"{r['kv_type']}: {r['memory_opened_mib']:.0f} MiB of anonymous memory after opening; behind the first prompt "
-        f"it grew by at most {r['memory_growth_mib']:.1f} MiB until the end."
+        f"{r['kv_type']}: {r['memory_opened_mib']:.0f} MiB of anonymous memory after opening; on the way to the last "
+        f"depth it grew by {r['memory_growth_mib']:.1f} MiB."
         for r in rows
-        if r["depth"] == rows[-1]["depth"]
+        if r["depth"] == max(other["depth"] for other in rows if other["kv_type"] == r["kv_type"])
     ]
     return "\n\n".join([table(header, body), *memory])
 
@@ -203,7 +211,7 @@ def speed(bench: Bench) -> None:
     """One timeline to the greatest depth; at each depth on the way some plain steps and some tree steps."""
     plan, rows = bench.plan, []
     for kv_type in bench.a.kv_types or ["f16", "q4_0"]:
-        depths = [d for d in plan.speed_depths if d + 64 * plan.speed_steps < bench.a.n_ctx]
+        depths = bench.depths(plan.speed_depths, kv_type, 2 * plan.speed_steps * len(plan.speed_depths))
         with bench.session(kv_type) as session, timed(f"speed, {kv_type}"):
             text = document(session, max(depths))
             timeline = Timeline(session)
@@ -287,7 +295,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--rope-theta", type=float, metavar="X", help="default: the target's own")
     p.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens a prefill pass takes (default: 512)")
     p.add_argument("--n-threads", type=int, metavar="N", help="default: one a core; 1 on a machine that is busy")
-    p.add_argument("--kv-types", nargs="+", metavar="TYPE", help="of equal (default: f32 q4_0) and speed (f16 q4_0)")
+    p.add_argument("--deepest", type=int, metavar="N", help="of quantised caches (default: 32000)")
+    p.add_argument("--kv-types", nargs="+", metavar="TYPE", help="of equal (default: f32 q4_0), speed (f16 q4_0)")
     p.add_argument(
         "--unrotated",
         metavar="FOLDER",

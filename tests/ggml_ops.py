@@ -91,8 +91,10 @@ class Ggml:
             function.restype, function.argtypes = result, arguments
         loader = ctypes.CDLL(str(folder / "libpydflash-ggml.so"))
         loader.ggml_backend_load.restype, loader.ggml_backend_load.argtypes = Pointer, [ctypes.c_char_p]
-        libraries = sorted(folder.glob(f"libpydflash-ggml-{device}*.so"))
-        registry = loader.ggml_backend_load(str(libraries[0]).encode()) if libraries else None
+        registry = None
+        for kind in dict.fromkeys(("cpu", device)):  # the CPU's is always there, as in a session
+            libraries = sorted(folder.glob(f"libpydflash-ggml-{kind}*.so"))
+            registry = loader.ggml_backend_load(str(libraries[0]).encode()) if libraries else None
         if not registry or not self.call("ggml_backend_reg_dev_count", registry):
             raise RuntimeError(f"the backend {device!r} in {folder} is not there, cannot be loaded, or finds no device")
         self.device = self.call("ggml_backend_reg_dev_get", registry, 0)

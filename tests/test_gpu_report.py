@@ -48,6 +48,8 @@ def test_the_whole_report(tmp_path: Path) -> None:
     assert all(float(row["error"]) < 3e-6 for row in run.rows["ops"])
     assert {row["category"] for row in run.rows["prompts"]} == {"code", "maths", "prose", "chat"}
     assert all(int(row["n_generated"]) == 12 for row in run.rows["prompts"])
+    memory = {row["what"]: float(row["mib"]) for row in run.rows["memory"]}
+    assert 0 < memory["planned: KV cache"] < memory["planned, total"]
     assert {row["depth"] for row in run.rows["depths"]} == {"64", "160"}
     for row in run.rows["depths"]:
         assert float(row["verify_ms"]) > 0
