@@ -252,50 +252,49 @@ int32_t largest_context(const Planner & planner, pf_session_params p) {
 
 // What would make a plan fit: each change by itself, or if no single one does all together, and a smaller context.
 std::string advise(const Planner & planner, const Plan & plan) {
-    std::string single, together;
-    pf_session_params all = plan.params;
-    bool all_q8_0 = false;
-    int n_changes = 0;
-    const auto note = [](std::string & list, const char * between, const std::string & item) {
-        list += (list.empty() ? "" : between) + item;
-    };
+    std::vector<std::string> fitting;
     const auto offer = [&](const std::string & name, const pf_session_params & p, bool draft_q8_0) {
         const Plan changed = planner.at(p, draft_q8_0);
-        if (changed.total >= plan.total) {
-            return false;
-        }
-        ++n_changes;
-        note(together, ", ", name);
         if (changed.fits) {
-            note(single, ", or ", name + " (" + mib(changed.total) + ")");
+            fitting.push_back(name + " (" + mib(changed.total) + ")");
         }
-        return true;
+        return changed.total < plan.total;
     };
-    pf_session_params p = plan.params;
+    pf_session_params all = plan.params;
+    std::string kv_type, n_batch, q8_0; // what takes part in `all`
     for (const ggml_type type : {GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {
+        pf_session_params p = plan.params;
         p.type_k = p.type_v = type;
-        if (divides(planner.target, type) && offer(std::string("kv_type ") + ggml_type_name(type), p, false)) {
+        const std::string name = std::string("kv_type ") + ggml_type_name(type);
+        if (divides(planner.target, type) && offer(name, p, false)) {
             all.type_k = all.type_v = type;
+            kv_type = name;
         }
     }
-    p = plan.params;
+    pf_session_params p = plan.params;
     p.n_batch = 128;
     if (plan.params.n_batch > p.n_batch && offer("n_batch 128", p, false)) {
         all.n_batch = p.n_batch;
+        n_batch = "n_batch 128";
     }
-    all_q8_0 = planner.drafter && offer("the drafter at Q8_0", plan.params, true);
-
-    if (single.empty() && n_changes > 1) {
-        const Plan changed = planner.at(all, all_q8_0);
-        if (changed.fits) {
-            note(single, "", together + " together (" + mib(changed.total) + ")");
+    if (planner.drafter && offer("the drafter at Q8_0", plan.params, true)) {
+        q8_0 = "the drafter at Q8_0";
+    }
+    if (fitting.empty()) {
+        std::string together;
+        for (const std::string & name : {kv_type, n_batch, q8_0}) {
+            together += (together.empty() || name.empty() ? "" : " with ") + name;
         }
+        offer(together, all, !q8_0.empty());
     }
     if (const int32_t n_ctx = largest_context(planner, plan.params)) {
-        note(single, ", or ", "n_ctx " + std::to_string(n_ctx));
+        fitting.push_back("n_ctx " + std::to_string(n_ctx));
     }
-    return single.empty() ? "nothing that a session can do without would make it fit: take a smaller model"
-                          : "what would fit: " + single;
+    std::string text;
+    for (const std::string & change : fitting) {
+        text += (text.empty() ? "what would fit: " : ", or ") + change;
+    }
+    return text.empty() ? "nothing that a session can do without would make it fit: take a smaller model" : text;
 }
 
 } // namespace
