@@ -15,6 +15,9 @@
 #include "ggml-backend-impl.h"
 #include "ggml-impl.h"
 
+// What the real library takes, where a test has linked it in (tests/cuda_emulator/supports.py).
+extern "C" bool cuda_supports_op(const ggml_tensor * op) __attribute__((weak));
+
 namespace {
 
 struct Traffic {
@@ -229,7 +232,8 @@ ggml_backend_buffer_type_t buffer_type(ggml_backend_dev_t device) {
 
 bool supports_op(ggml_backend_dev_t, const ggml_tensor * op) {
     const char * lacks = getenv("FAKE_CUDA_LACKS");
-    return !(lacks && strcmp(lacks, ggml_op_name(op->op)) == 0) && ggml_backend_dev_supports_op(cpu_device(), op);
+    return (!cuda_supports_op || cuda_supports_op(op)) && !(lacks && strcmp(lacks, ggml_op_name(op->op)) == 0) &&
+           ggml_backend_dev_supports_op(cpu_device(), op);
 }
 
 bool supports_buffer_type(ggml_backend_dev_t device, ggml_backend_buffer_type_t type) {

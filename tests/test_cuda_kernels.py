@@ -92,11 +92,6 @@ def ggml() -> Ggml:
 
 
 @pytest.fixture(scope="session")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cuda_emulator.lay_out(tmp_path_factory.mktemp("fork"))
-
-
-@pytest.fixture(scope="session")
 def library(fork: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return cuda_emulator.compile_library(tmp_path_factory.mktemp("emulated"), fork, ggml_base=GGML_BASE)
 

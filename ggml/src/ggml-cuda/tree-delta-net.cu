@@ -16,7 +16,7 @@
 // to the run's last node.
 //
 // d is 16, 32, 64 or 128; dv any multiple of 16; value head h reads key head h % Hk; any strides of heads and nodes.
-// Shared memory at 64 nodes, d = 128: 45 KiB, so that two blocks share a multiprocessor of sm_86 and none asks for the
+// Shared memory at 64 nodes, d = 128: 44 KiB, so that two blocks share a multiprocessor of sm_86 and none asks for the
 // opt-in above 48 KiB.
 //
 // Bytes for the 27B (48 layers, 48 value and 16 key heads of 128, 23 nodes): state 151 MB, v, out and delta 81 MB, q and k
