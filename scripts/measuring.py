@@ -83,8 +83,8 @@ class Timeline:
             after(len(piece), seconds)
         return total
 
-    def decode(self, n_tokens: int, *, budget: int, chain: bool = False) -> Decoded:
-        """Greedy tokens, exactly so many; end tokens do not end it."""
+    def decode(self, n_tokens: int, *, budget: int, chain: bool = False, n_steps: int | None = None) -> Decoded:
+        """Greedy tokens, exactly so many unless n_steps end it earlier; end tokens do not end it."""
         params, _keep = options.generate_params(
             temperature=0, top_k=0, top_p=1, min_p=0, seed=0, budget=budget, chain=chain, stop_ids=[]
         )
@@ -92,7 +92,7 @@ class Timeline:
         step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
         commit_ms = ffi.new("double *")
         out = Decoded()
-        while len(out.ids) < n_tokens:
+        while len(out.ids) < n_tokens and out.n_steps != n_steps:
             start = time.perf_counter()
             check(lib.pf_session_step(self._core, n_tokens - len(out.ids), step))
             check(lib.pf_session_commit(self._core, step.n_tokens, commit_ms))

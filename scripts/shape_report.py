@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import Progress, Timeline
 
 import pydflash
 from pydflash import Session
@@ -70,36 +71,31 @@ class Report:
         return Session(self.target, self.draft, **self.session_options)
 
     def load(self, name: str) -> Session:
-        """Opens the pair and decodes one token, which reads every weight of the target."""
+        """Opens the pair and runs one drafted step, which reads every weight of both."""
         progress(f"loading, {name}")
         start = time.perf_counter()
         session = self.open()
         opened = time.perf_counter()
-        session.generate([1], max_tokens=1, budget=0, ignore_eos=True)
-        self.out[f"load_{name}"] = {"open_s": opened - start, "first_token_s": time.perf_counter() - opened}
+        timeline = Timeline(session)
+        timeline.append([1, 2])
+        timeline.decode(2, budget=1, n_steps=1)
+        self.out[f"load_{name}"] = {"open_s": opened - start, "first_step_s": time.perf_counter() - opened}
         return session
 
     def decode(self, session: Session, name: str, budget: int, n_steps: int) -> list[int]:
         """Prefill, then n_steps steps."""
-        progress(f"prefill of {len(self.prompt)} tokens, {n_steps} {name} steps")
-        ids: list[int] = []
-        start = time.perf_counter()
-        stream = session.stream(self.prompt, max_tokens=None, budget=budget, ignore_eos=True)
-        seconds = []
-        for _ in range(n_steps):
-            ids += next(stream).ids  # type: ignore[call-overload]
-            seconds.append(time.perf_counter() - start)
-            start = time.perf_counter()
-        steps = seconds[1:] or seconds
+        timeline = Timeline(session)
+        prefill_s = timeline.append(self.prompt, Progress(f"prefill, {name}", len(self.prompt)))
+        progress(f"{n_steps} {name} steps")
+        decoded = timeline.decode(session.n_ctx - timeline.n_tokens, budget=budget, n_steps=n_steps)
         self.out[name] = {
-            "prefill_and_first_step_s": seconds[0],
-            "step_s": sum(steps) / len(steps),
-            "prefill_s": seconds[0] - sum(steps) / len(steps),
-            "tokens": len(ids),
+            "prefill_s": prefill_s,
+            "prefill_tps": (len(self.prompt) - 1) / prefill_s,
+            "step_s": sum(decoded.seconds) / n_steps,
+            "tokens": len(decoded.ids),
             "steps": n_steps,
         }
-        self.out[name]["prefill_tps"] = (len(self.prompt) - 1) / self.out[name]["prefill_s"]
-        return ids
+        return decoded.ids
 
     def compare(self, session: Session, plain: list[int], tree: list[int]) -> None:
         n = min(len(plain), len(tree))
@@ -151,7 +147,7 @@ def markdown(r: dict[str, Any]) -> str:
     rows = [
         ("files", " + ".join(f"{name} {gib(n)} GiB" for name, n in r["file_bytes"].items())),
         *(
-            (f"load, {name}", f"open {r[key]['open_s']:.2f} s, first token {r[key]['first_token_s']:.1f} s")
+            (f"load, {name}", f"open {r[key]['open_s']:.2f} s, first step {r[key]['first_step_s']:.1f} s")
             for name, key in (("page cache dropped", "load_cold"), ("page cache warm", "load_warm"))
         ),
         ("weights, mapped", f"planned {mapped:,.0f} MiB, resident {mib(r['memory']['file'])} MiB of file pages"),
@@ -190,9 +186,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--n-batch", type=int, default=512, metavar="N", help="prefill chunk (default 512)")
     parser.add_argument("--kv-type", default="f16", metavar="TYPE", help="KV cache (default f16)")
     parser.add_argument("--n-threads", type=int, metavar="N", help="default: one a core")
-    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the prompt")
+    parser.add_argument("--seed", type=int, default=1, metavar="S", help="of the prompt (default 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write every figure there")
     options = parser.parse_args(arguments)
+    if min(options.n_prompt - 1, options.plain, options.tree) < 1:
+        parser.error("--n-prompt must be at least 2, --plain and --tree at least 1")
     try:
         result = Report(options).run()
     except (pydflash.PydflashError, OSError) as error:
