@@ -31,7 +31,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from long_caches import kv, measure_kv, ring
-from measuring import BUDGET, Progress, Timeline, anonymous_mib, document, machine, parted, say, table, timed, write_csv
+from measuring import (
+    BUDGET,
+    Progress,
+    Timeline,
+    allocated_mib,
+    anonymous_mib,
+    document,
+    machine,
+    parted,
+    say,
+    table,
+    timed,
+    write_csv,
+)
 
 import pydflash
 from pydflash import models
@@ -138,10 +151,10 @@ def equal(bench: Bench) -> None:
         f32 = kv_type == "f32"  # exact to the token only when weights and cache are
         depths = bench.depths(plan.depths, kv_type, plan.n_gen)
         with bench.session(kv_type, f32=f32) as session, timed(f"equal, {kv_type}"):
-            opened = anonymous_mib()
+            opened = {"memory_opened_mib": round(anonymous_mib(), 1), "allocated_opened_mib": round(allocated_mib(), 1)}
             text = document(session, max(depths))
             said: list[dict[str, list[int]]] = []
-            memory: list[float] = []  # MiB, after each slice
+            memory: list[float] = []  # MiB allocated, after each slice
             flat_from = 0
             for depth in depths:
                 row: dict[str, Any] = {"kv_type": kv_type, "weights": "F32" if f32 else "as shipped", "depth": depth}
@@ -151,14 +164,14 @@ def equal(bench: Bench) -> None:
                     progress = Progress(f"{kv_type}, {depth:,}, {way}", depth)
                     seconds = timeline.append(text[:depth], sampled(progress, memory))
                     decoded = timeline.decode(plan.n_gen, budget=budget)
-                    memory.append(anonymous_mib())
+                    memory.append(allocated_mib())
                     said[-1][way] = decoded.ids
                     row["prefill_tps"] = round(depth / seconds, 1)
                     row[f"{way}_ms_per_token"] = round(decoded.ms_per_token, 3)
                     row[f"{way}_per_pass"] = round(decoded.per_pass, 3)
-                row |= {"memory_mib": round(memory[-1], 1), "memory_opened_mib": round(opened, 1)}
+                row |= {**opened, "memory_mib": round(anonymous_mib(), 1), "allocated_mib": round(memory[-1], 1)}
                 # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
-                row["memory_growth_mib"] = round(max(memory[flat_from:]) - memory[flat_from], 1)
+                row["growth_mib"] = round(max(memory[flat_from:]) - memory[flat_from], 1)
                 flat_from = len(memory) - 1
                 rows.append(row)
             for row, texts in zip(rows[-len(depths) :], said, strict=True):
@@ -174,7 +187,7 @@ def sampled(progress: Progress, memory: list[float]) -> Callable[[int, float], N
 
     def after(n: int, seconds: float) -> None:
         progress(n, seconds)
-        memory.append(anonymous_mib())
+        memory.append(allocated_mib())
 
     return after
 
@@ -187,7 +200,7 @@ def margin(session: pydflash.Session, ids: list[int], texts: dict[str, list[int]
 
 def equal_markdown(rows: list[dict[str, Any]]) -> str:
     header = ["KV cache", "depth", "same tokens", "margin where they part", "prefill tokens/s", "plain ms/token",
-              "tree ms/token", "tokens per pass", "anonymous MiB"]  # fmt: skip
+              "tree ms/token", "tokens per pass", "MiB touched"]  # fmt: skip
     body = [
         (r["kv_type"], f"{r['depth']:,}", f"{r['same']} of {r['tokens']}", r["margin"] or "-",
          f"{r['prefill_tps']:.0f}",
@@ -196,8 +209,9 @@ def equal_markdown(rows: list[dict[str, Any]]) -> str:
         for r in rows
     ]  # fmt: skip
     memory = [
-        f"{r['kv_type']}: {r['memory_opened_mib']:.0f} MiB of anonymous memory after opening; on the way to the last "
-        f"depth it grew by {r['memory_growth_mib']:.1f} MiB."
+        f"{r['kv_type']}: {r['allocated_opened_mib']:.0f} MiB were allocated after opening, {r['allocated_mib']:.0f} "
+        f"at the end, {r['growth_mib']:.1f} of them on the way to the last depth; touched were "
+        f"{r['memory_opened_mib']:.0f} after opening and {r['memory_mib']:.0f} at the end, as deeper rows came into use."
         for r in rows
         if r["depth"] == max(other["depth"] for other in rows if other["kv_type"] == r["kv_type"])
     ]

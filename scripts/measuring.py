@@ -159,9 +159,18 @@ def timed(what: str) -> Iterator[None]:
 
 
 def anonymous_mib() -> float:
-    """Memory of this process that no file stands behind, MiB: caches and buffers, not the mapped weights."""
+    """Memory of this process that no file stands behind and that has been touched, MiB: not the mapped weights."""
+    return _status_mib("RssAnon")
+
+
+def allocated_mib() -> float:
+    """Memory of this process that was asked for, MiB, touched or not: buffers for a long context fill as it grows."""
+    return _status_mib("VmData")
+
+
+def _status_mib(field: str) -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     return float("nan")
 
