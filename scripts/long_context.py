@@ -211,7 +211,7 @@ def equal_markdown(rows: list[dict[str, Any]]) -> str:
     memory = [
         f"{r['kv_type']}: {r['allocated_opened_mib']:.0f} MiB were allocated after opening, {r['allocated_mib']:.0f} "
         f"at the end, {r['growth_mib']:.1f} of them on the way to the last depth; touched were "
-        f"{r['memory_opened_mib']:.0f} after opening and {r['memory_mib']:.0f} at the end, as deeper rows came into use."
+        f"{r['memory_opened_mib']:.0f} after opening and {r['memory_mib']:.0f} at the end: deeper rows come into use."
         for r in rows
         if r["depth"] == max(other["depth"] for other in rows if other["kv_type"] == r["kv_type"])
     ]
