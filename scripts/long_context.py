@@ -136,9 +136,16 @@ class Bench:
         print(text)
 
     def command(self, part: str) -> str:
-        extra = [f" {flag}" for flag, on in (("--quick", self.a.quick),) if on]
-        extra += [f" --rope-theta {self.a.rope_theta:g}"] if self.a.rope_theta else []
-        return f"python scripts/long_context.py {part}{''.join(extra)}"
+        """What makes this part's figures again."""
+        flags = ("quick",) if self.a.quick else ()
+        valued = ("target", "draft", "n_ctx", "rope_theta", "n_batch", "n_threads", "deepest", "kv_types", "unrotated")
+        words = [f"python scripts/long_context.py {part}", *(f"--{flag}" for flag in flags)]
+        for name in valued:
+            value = getattr(self.a, name)
+            if value != self.a.defaults[name]:
+                values = value if isinstance(value, list) else [value]
+                words += [f"--{name.replace('_', '-')}", *map(str, values)]
+        return " ".join(words)
 
 
 # ---- tree = plain, memory ----------------------------------------------------------------------------------------
@@ -319,7 +326,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--measure-only", nargs=2, metavar=("TYPE", "FILE"), help=argparse.SUPPRESS)
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     p.add_argument("--quick", action="store_true", help="small depths, few prompts")
-    return p.parse_args(arguments)
+    parsed = p.parse_args(arguments)
+    parsed.defaults = {action.dest: action.default for action in p._actions}
+    return parsed
 
 
 def main(arguments: list[str] | None = None) -> int:
