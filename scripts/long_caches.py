@@ -138,18 +138,18 @@ def ring(bench: Bench) -> None:
     n_ring = plan.rings[-1][0]
     with timed("ring"):
         exact = [
-            {"what": "logits", "n_ring": n_ring, "depth": depth, "error": here, "error_of_one_more": one_more}
-            for depth, here, one_more in ring_errors(bench, n_ring)
+            {"what": "logits", "n_ring": n_ring, "depth": depth, **errors}
+            for depth, errors in ring_errors(bench, n_ring)
         ]
         cost = [
             {"what": "tokens per pass", "n_ring": slots, "depth": length, **ring_cost(bench, slots, length, count)}
             for slots, length, count in plan.rings
         ]
     first = table(
-        ["n_ring", "position", "largest error", "of a reference that sees one position more"],
+        ["n_ring", "position", "largest error", "of a reference that sees one position more", "that evicts nothing"],
         [
-            (n_ring, f"{r['depth']:,}", f"{r['error']:.1e}",
-             "-" if math.isnan(r["error_of_one_more"]) else f"{r['error_of_one_more']:.1e}")
+            (n_ring, f"{r['depth']:,}",
+             *(f"{r[k]:.1e}" if k in r else "-" for k in ("error", "error_of_one_more", "error_of_all")))
             for r in exact
         ],
     )  # fmt: skip
@@ -170,18 +170,23 @@ def ring(bench: Bench) -> None:
     bench.write("ring", [*exact, *cost], f"{first}\n\n{second}\n\n{note}")
 
 
-def ring_errors(bench: Bench, n_ring: int) -> Iterator[tuple[int, float, float]]:
-    """(position, largest error over largest logit, the same of a reference that sees one position too many)."""
-    drafter = ReferenceDrafter(bench.legal_target(f32=True), bench.draft)
+def ring_errors(bench: Bench, n_ring: int) -> Iterator[tuple[int, dict[str, float]]]:
+    """Positions, and the largest error over the largest logit: against the reference, and against references that see
+    one position too many or all of them."""
+    drafter = ReferenceDrafter(bench.legal_target(f32=True), bench.f32_draft())
     n_ctx = max(bench.plan.ring_depths) + 1
     with bench.session("f32", f32=True, n_ctx=n_ctx, n_ring=n_ring, n_batch=min(bench.a.n_batch, n_ring)) as session:
         text = document(session, n_ctx)
         for n in bench.plan.ring_depths:
             features = session.hidden(text[:n], drafter.target_layers)
             found = session.draft_logits(text[: n + 1])
-            expected = [drafter.logits(features, text[n], n_ring + more) for more in (0, 1)]
-            here, one_more = (float(np.abs(found - e).max() / np.abs(e).max()) for e in expected)
-            yield n, here, one_more if n > n_ring else math.nan
+            seen = {"error": n_ring, "error_of_one_more": n_ring + 1, "error_of_all": n}
+            expected = {
+                name: drafter.logits(features, text[n], k)
+                for name, k in seen.items()
+                if name == "error" or n_ring < k <= n
+            }
+            yield n, {name: float(np.abs(found - e).max() / np.abs(e).max()) for name, e in expected.items()}
 
 
 def ring_cost(bench: Bench, n_ring: int, length: int, count: int) -> dict[str, Any]:

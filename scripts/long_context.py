@@ -120,9 +120,15 @@ class Bench:
         path = self._scratch / f"target-{'f32' if f32 else 'as-is'}.gguf"
         return path if path.exists() else copy_gguf(self.target, path, f32=f32, keys=changed)
 
+    def f32_draft(self) -> Path:
+        """The drafter with F32 weights: with BF16 ones the CPU rounds what it multiplies them with, too."""
+        path = self._scratch / "draft-f32.gguf"
+        return path if path.exists() else copy_gguf(self.draft, path, f32=True)
+
     def session(self, kv_type: str, *, f32: bool = False, **options: Any) -> pydflash.Session:
         given = {"n_ctx": self.a.n_ctx, "n_batch": self.a.n_batch, "n_threads": self.a.n_threads, **options}
-        return pydflash.Session(self.legal_target(f32=f32), self.draft, kv_type=kv_type, **given)
+        draft = self.f32_draft() if f32 else self.draft
+        return pydflash.Session(self.legal_target(f32=f32), draft, kv_type=kv_type, **given)
 
     def depths(self, wanted: list[int], kv_type: str, room: int) -> list[int]:
         """The depths that the context has room for, and of quantised caches those that the CPU has time for."""

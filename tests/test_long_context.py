@@ -73,6 +73,7 @@ def test_the_ring_against_the_reference(results: Path) -> None:
         assert float(row["error"]) < 1e-4
         if int(row["depth"]) > int(row["n_ring"]):
             assert float(row["error_of_one_more"]) > 3 * float(row["error"])
+            assert float(row["error_of_all"]) >= float(row["error_of_one_more"])
     (cost,) = (row for row in found if row["what"] == "tokens per pass")
     assert float(cost["per_pass"]) >= 1
     assert cost["same_text"] == cost["prompts"]  # the ring changes speed, never the text
