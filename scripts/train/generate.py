@@ -4,9 +4,9 @@
 
 Windows of the training text are prefilled once; from every `stride`-th place in them the target goes on by itself for
 `stride` tokens, greedily (about two thirds) or sampled, so a window gives prefixes of many lengths. Some batches start
-from chat prompts instead. Never from held-out files. Each batch becomes one shard-*.pt in WORK/own (tokens, and
-features in bf16: the concatenated outputs of the tapped layers); run again to add more. Stops after --minutes or
---tokens.
+from chat prompts instead. Never from held-out files. Each batch becomes one shard-*.pt in WORK/own (tokens, their
+temperatures, and features in bf16: the concatenated outputs of the tapped layers); run again to add more. Stops after
+--minutes or --tokens.
 """
 
 from __future__ import annotations
@@ -121,16 +121,16 @@ def run(rank: int, a) -> None:
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
             if rng.random() < 0.06:
                 rows = [chats[i] for i in rng.integers(len(chats), size=128)]
-                shard = chat_batch(model, rows, 64, taps, float(rng.choice(TEMPERATURES)), gen)
+                temperature = float(rng.choice(TEMPERATURES))
+                shard = chat_batch(model, rows, 64, taps, temperature, gen) | {"temperature": [temperature]}
                 count = 128 * 64
             else:
                 n, w, stride = SHAPES[rng.choice(len(SHAPES), p=[p for _, p in SHAPES])][0]
                 starts = rng.integers(len(train) - w, size=n)
                 ids = torch.from_numpy(np.stack([train[s : s + w] for s in starts]).astype(np.int64))
                 feats, last, states = prefill(model, ids, taps, stride)
-                own, own_feats = continuations(
-                    model, states, last, stride, taps, rng.choice(TEMPERATURES, size=len(states)).tolist(), gen
-                )
+                temperatures = rng.choice(TEMPERATURES, size=len(states)).tolist()
+                own, own_feats = continuations(model, states, last, stride, taps, temperatures, gen)
                 shard = {
                     "kind": "window",
                     "stride": stride,
@@ -138,6 +138,7 @@ def run(rank: int, a) -> None:
                     "feats": feats,
                     "own": own.short(),
                     "own_feats": own_feats,
+                    "temperature": temperatures,
                 }
                 count = own.numel()
         part = path.with_suffix(".part")

@@ -37,6 +37,12 @@ from train_target import factor
 BUDGETS = [0, 8, 16, 32]
 
 
+def usable(shard: dict, greedy: bool) -> dict | None:
+    """The shard with the continuations to train on listed in `rows`; None when there are none."""
+    rows = [j for j, t in enumerate(shard["temperature"]) if t == 0 or not greedy]
+    return shard | {"rows": rows} if rows else None
+
+
 def random_row(shard: dict, rng: np.random.Generator, crop: int):
     """A random row of a shard, cut or padded on the left to `crop` tokens.
 
@@ -44,7 +50,7 @@ def random_row(shard: dict, rng: np.random.Generator, crop: int):
     """
     if shard["kind"] == "window":
         stride = shard["stride"]
-        j, n = rng.integers(shard["own"].shape[0]), rng.integers(shard["own"].shape[1])
+        j, n = rng.choice(shard["rows"]), rng.integers(shard["own"].shape[1])
         p = (j + 1) * stride
         begin = min(p, crop - stride)
         ids = torch.cat([shard["ids"][n, p - begin : p], shard["own"][j, n]])
@@ -158,7 +164,7 @@ def run(rank: int, a, rendezvous: str) -> None:
         if step_no % 200 == 0 or not shards:  # shards may still be arriving
             fresh = [p for p in sorted((a.work / "own").glob("shard-*.pt")) if p not in names]
             names += fresh
-            shards += [torch.load(p, mmap=True) for p in fresh]
+            shards += [s for s in (usable(torch.load(p, mmap=True), a.greedy) for p in fresh) if s]
         if not done:
             crop = 256 if rng.random() < 0.85 else 768
             rows = a.rows if crop == 256 else max(1, a.rows // 2)
@@ -219,6 +225,7 @@ def main() -> None:
     p.add_argument("--rows", type=int, default=16, help="rows a process and step")
     p.add_argument("--anchors", type=int, default=8, help="blocks a row")
     p.add_argument("--gamma", type=float, default=7.0)
+    p.add_argument("--greedy", action="store_true", help="only what the target said greedily")
     p.add_argument("--lr", type=float, default=0.02, help="Muon's peak rate")
     p.add_argument("--cases", type=int, default=160, help="held-out prefixes")
     p.add_argument("--seed", type=int, default=3)
