@@ -24,8 +24,9 @@ SAMPLED = ("--temperature", 1.0, "--seed", 5)
 
 
 def one_core() -> None:
-    """One core, so one thread: two wait for each other on a busy machine."""
+    """One core, so one thread: two wait for each other on a busy machine. Ctrl-C as a terminal has it."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it, and so would its children
 
 
 def command(*arguments: object) -> list[str]:
