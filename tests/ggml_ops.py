@@ -10,6 +10,10 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -188,3 +192,16 @@ class Graph:
         values = np.ndarray(tuple(head.ne)[::-1], NUMPY_TYPES[head.type], raw, 0, tuple(head.nb)[::-1])
         array: np.ndarray = values.reshape(shape).copy()
         return array
+
+
+def assert_builder_aborts(script: str) -> None:
+    """Runs Python that calls a builder of ggml-tree.c on operands it must refuse; sys.argv[1] is the library folder."""
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(library_folder())],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "GGML_NO_BACKTRACE": "1"},  # else ggml starts a debugger on itself
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == -signal.SIGABRT
+    assert "ggml-tree.c" in run.stderr

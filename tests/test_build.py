@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import difflib
 import hashlib
-import importlib.util
 import io
 import re
 import shutil
@@ -17,12 +16,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from types import ModuleType
 
 import _pydflash
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(_pydflash.__file__).parent
@@ -30,16 +30,7 @@ LIBRARIES = sorted(PACKAGE.glob("*.so"))
 CUDA = PACKAGE / "libpydflash-ggml-cuda.so"
 
 
-def load_script(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fetch_upstream = load_script(ROOT / "ggml" / "fetch_upstream.py")
+fetch_upstream = load_script("ggml/fetch_upstream.py")
 OverlayError = fetch_upstream.OverlayError
 
 

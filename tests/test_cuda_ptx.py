@@ -6,12 +6,9 @@ compilation serves all of it. Problems and references are those of test_tree_ops
 
 from __future__ import annotations
 
-import importlib.util
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -20,6 +17,7 @@ from tests import cuda_emulator
 from tests.ggml_ops import library_folder
 from tests.ptx import Module, OutOfBoundsError, PtxError, RaceError, UninitialisedError
 from tests.ptx.dispatch import Interpreter
+from tests.scripts import load_script
 from tests.test_cuda_kernels import EmulatedGgml, random_tree
 from tests.test_step_ops import block_mask, run_block_mask, run_top_k, run_tree_mask, top_k, tree_mask
 from tests.test_tree_ops import (
@@ -38,21 +36,11 @@ from tests.test_tree_ops import (
     run_tree,
 )
 
-SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 GGML_BASE = library_folder() / "libpydflash-ggml-base.so"
 
 
-def load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kernel_table = load_script("kernel_table")
-cuda_toolchain = load_script("cuda_toolchain")
+kernel_table = load_script("scripts/kernel_table.py")
+cuda_toolchain = load_script("scripts/cuda_toolchain.py")
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +50,6 @@ def nvcc() -> Path:
     except cuda_toolchain.ToolchainError as error:
         pytest.skip(f"needs CUDA's compiler (the extra `cuda`): {error}")
     return path
-
-
-@pytest.fixture(scope="module")
-def fork(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return cuda_emulator.lay_out(tmp_path_factory.mktemp("fork"))
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import subprocess
 import sys
 from collections import defaultdict
@@ -14,6 +13,7 @@ import pytest
 
 import pydflash
 from pydflash import models
+from tests.scripts import load_script
 from tests.tiny_models import TinyDraft
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "gpu_report.py"
@@ -105,10 +105,4 @@ def test_a_card_that_is_not_there(tmp_path: Path) -> None:
 )
 def test_bandwidth_of_a_name(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("gpu_report", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "gpu_report", module)
-    spec.loader.exec_module(module)
-    assert module.bandwidth_of(name) == expected
+    assert load_script("scripts/gpu_report.py").bandwidth_of(name) == expected

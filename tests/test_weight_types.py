@@ -16,7 +16,7 @@ import pytest
 
 import pydflash
 from pydflash._lib import check, ffi, lib
-from tests.tiny_models import F32, TinyTarget, write_gguf
+from tests.tiny_models import F32, TinyTarget, add_key, write_gguf
 
 MODEL = TinyTarget(n_layer=2, interval=2, n_embd=256, n_ff=256, n_vocab=256, k_heads=4, v_heads=8, state=32, n_head=8)
 IDS = list(np.random.RandomState(0).randint(0, 256, 70))
@@ -48,12 +48,7 @@ def write_typed(path: Path, name: str) -> tuple[Path, dict[str, F32]]:
     writer = gguf.GGUFWriter(str(path), "qwen35")
     held: dict[str, Any] = {}
     for key, value in MODEL.gguf_keys().items():
-        if isinstance(value, list):
-            writer.add_array(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        else:
-            writer.add_uint32(key, value)
+        add_key(writer, key, value)
     for tensor, data in MODEL.tensors().items():
         if data.ndim == 2 and "conv1d" not in tensor:
             raw = quantise(data, kind)

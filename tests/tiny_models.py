@@ -63,7 +63,7 @@ def write_gguf(
     """
     writer = gguf.GGUFWriter(str(path), arch)
     for key, value in keys.items():
-        _add_key(writer, key, value)
+        add_key(writer, key, value)
     for name, data in tensors.items():
         wanted = types if isinstance(types, str) else next((t for part, t in types.items() if part in name), "f32")
         if data.ndim < 2 or "conv1d" in name or wanted == "f32":
@@ -112,7 +112,7 @@ def _finish(writer: gguf.GGUFWriter, path: Path | str) -> Path:
     return Path(path)
 
 
-def _add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
     kind = gguf.GGUFValueType
     numpy_kinds = {
         np.uint8: kind.UINT8, np.int8: kind.INT8, np.uint16: kind.UINT16, np.int16: kind.INT16,

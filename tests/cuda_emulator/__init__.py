@@ -9,7 +9,6 @@ emulator.h; how a graph node gets there, in harness.cpp.
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 import re
 import subprocess
 from collections.abc import Callable, Sequence
@@ -37,17 +36,6 @@ def rewrite(source: str) -> str:
     if left := re.search(r".*(?:<<<|__shared__|\basm\b).*", re.sub(r"//.*", "", source)):
         raise ValueError(f"not understood: {left[0].strip()}")
     return source
-
-
-def lay_out(folder: Path) -> Path:
-    """Our fork of ggml, as a build lays it out, in `folder`/ggml."""
-    spec = importlib.util.spec_from_file_location("fetch_upstream", GGML / "fetch_upstream.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.lay_out(folder / "ggml")
-    return folder / "ggml"
 
 
 def compile_library(

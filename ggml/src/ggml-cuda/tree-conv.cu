@@ -90,8 +90,8 @@ void ggml_cuda_op_ssm_conv_tree(ggml_backend_cuda_context & ctx, ggml_tensor * d
     a.kernel = (const float *) kernel->data;
     a.parent = (const int32_t *) dst->src[3]->data;
     a.dst = (float *) dst->data;
-    a.state_row = state->nb[1] / sizeof(float);
-    a.x_row = x->nb[1] / sizeof(float);
+    a.state_row = floats(state->nb[1]);
+    a.x_row = floats(x->nb[1]);
     a.channels = x->ne[0];
     a.n = x->ne[1];
     a.n_taps = (int) kernel->ne[0];

@@ -347,10 +347,6 @@ void launch_delta_net_tree(const delta_net_args & a, cudaStream_t stream) {
     }
 }
 
-int64_t floats(size_t stride) {
-    return stride / sizeof(float);
-}
-
 } // namespace
 
 void ggml_cuda_op_gated_delta_net_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

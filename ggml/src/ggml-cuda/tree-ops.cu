@@ -9,15 +9,13 @@ bool ggml_cuda_tree_op_supported(const ggml_tensor * op) {
     constexpr int64_t max_grid_y = 65535;
     switch (op->op) {
     case GGML_OP_SSM_CONV_TREE:
-        return op->ne[1] <= max_grid_y;
-    case GGML_OP_GATED_DELTA_NET_TREE:
-        return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
-    case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
-        return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
     case GGML_OP_TREE_MASK:
     case GGML_OP_BLOCK_MASK:
     case GGML_OP_TOP_K_LOGP:
         return op->ne[1] <= max_grid_y;
+    case GGML_OP_GATED_DELTA_NET_TREE:
+    case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
+        return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
     default:
         return false;
     }

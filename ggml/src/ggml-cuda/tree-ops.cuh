@@ -9,6 +9,11 @@ bool ggml_cuda_tree_op_supported(const ggml_tensor * op);
 // Launches the node's kernels on the context's stream. Only for nodes that are supported.
 void ggml_cuda_tree_op(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
+// A stride in bytes as kernels count it.
+static inline int64_t floats(size_t stride) {
+    return stride / sizeof(float);
+}
+
 // one per op, each in a file of its own
 void ggml_cuda_op_ssm_conv_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_gated_delta_net_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

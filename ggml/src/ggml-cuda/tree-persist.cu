@@ -94,10 +94,6 @@ __global__ void __launch_bounds__(n_threads) delta_net_persist(const persist_arg
     }
 }
 
-int64_t floats(size_t stride) {
-    return stride / sizeof(float);
-}
-
 } // namespace
 
 void ggml_cuda_op_gated_delta_net_tree_persist(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
