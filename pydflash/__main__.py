@@ -55,14 +55,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run_plan(options: argparse.Namespace) -> int:
     """Prints a plan."""
+    from pydflash.options import kv_type_of
     from pydflash.plan import plan
 
-    kv_type = tuple(options.kv_type.split(","))
     made = plan(
         options.target,
         options.draft,
         n_ctx=options.n_ctx,
-        kv_type=kv_type if len(kv_type) == 2 else options.kv_type,
+        kv_type=kv_type_of(options.kv_type),
         budget=options.budget,
         n_batch=options.n_batch,
         n_ring=options.n_ring,

@@ -59,6 +59,12 @@ def token_ids(name: str, ids: Iterable[SupportsIndex], n_vocab: int) -> list[int
     return checked
 
 
+def kv_type_of(text: str) -> KvType:
+    """A KV type as a command line gives it: a name, or one for K and one for V with a comma between."""
+    k, comma, v = text.partition(",")
+    return (k, v) if comma else k
+
+
 def kv_types(value: KvType) -> tuple[int, int]:
     """ggml types of the K and the V cache; -1 for "auto"."""
     if value == "auto":

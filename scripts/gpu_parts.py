@@ -26,6 +26,7 @@ import pydflash
 from pydflash._gguf import Gguf
 from pydflash._handles import draft_file
 from pydflash._lib import check, ffi, lib
+from pydflash.options import kv_type_of
 
 Row = dict[str, Any]
 WAYS: dict[str, dict[str, Any]] = {
@@ -119,13 +120,12 @@ def ops(a: argparse.Namespace) -> Iterator[Row]:
 
 
 def open_session(a: argparse.Namespace, n_ctx: int, budget: int) -> pydflash.Session:
-    k, comma, v = a.kv_type.partition(",")
     return pydflash.Session(
         a.target,
         a.draft,
         device=a.kind,
         n_ctx=n_ctx,
-        kv_type=(k, v) if comma else k,
+        kv_type=kv_type_of(a.kv_type),
         n_threads=a.n_threads,
         budget=budget,
     )

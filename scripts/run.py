@@ -21,6 +21,7 @@ from types import FrameType
 
 import pydflash
 from pydflash import models
+from pydflash.options import kv_type_of
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -84,12 +85,11 @@ def open_session(options: argparse.Namespace) -> pydflash.Session:
     target, draft = options.target, options.draft
     if options.no_draft and target is None:
         target = models.target_path()
-    k, comma, v = options.kv_type.partition(",")
     return pydflash.Session(
         target,
         draft,
         n_ctx=options.n_ctx,
-        kv_type=(k, v) if comma else k,
+        kv_type=kv_type_of(options.kv_type),
         budget=16 if options.budget is None else options.budget,
         chain=options.chain,
         device=options.device,

@@ -142,7 +142,9 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
         typename std::decay_t<decltype(shape)>::Graph graph(max_graph_nodes(target, drafter));
         build(caches, shape, graph);
         const uint64_t bytes = graph_bytes(graph.gf, without_copies(site.type));
-        buffer = std::max(buffer, graph_bytes(graph.gf, site.type));
+        if (site.on_cuda) { // elsewhere there are no copies
+            buffer = std::max(buffer, graph_bytes(graph.gf, site.type));
+        }
         plain = std::max(plain, bytes);
         scratch = std::max(scratch, product_scratch(graph.gf));
         const char * name = shape_name(shape);

@@ -43,7 +43,8 @@ struct PlanPlace {
 };
 
 // Plans a session, choosing what params leave open so that a twentieth of the memory stays free: n_ctx 0 is the largest
-// context with which it does, KV types -1 the first of f16, q8_0 and q4_0 (q4_0 may use all there is). drafter may be null. Throws PF_ERR_ARGUMENT or PF_ERR_UNSUPPORTED for what no session can be.
+// context with which it does, KV types -1 the first of f16, q8_0 and q4_0 (q4_0 may use all there is). drafter may be
+// null. Throws PF_ERR_ARGUMENT or PF_ERR_UNSUPPORTED for what no session can be.
 Plan make_plan(const Target & target, const Drafter * drafter, const pf_session_params & params,
                const PlanPlace & place = {});
 
