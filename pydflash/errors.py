@@ -85,6 +85,26 @@ class StateError(PydflashError, RuntimeError):
     """A call that makes no sense now: the session is closed, or another call has taken its timeline."""
 
 
+class SessionFileError(PydflashError):
+    """A saved session that cannot be written, is damaged, or does not fit the models and options it is to run on.
+
+    what: what is wrong. where: the part of the file or the setting concerned; empty when it is the file as a whole.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | os.PathLike[str] | None = None,
+        hint: str | None = None,
+        what: str = "",
+        where: str = "",
+    ) -> None:
+        super().__init__(message, path=path, hint=hint)
+        self.what = what
+        self.where = where
+
+
 class InternalError(PydflashError, RuntimeError):
     """A bug of ours, or the backend failed."""
 
