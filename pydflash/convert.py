@@ -384,21 +384,30 @@ def _whole_or_nothing(destination: Path) -> Iterator[Path]:
         partial.unlink(missing_ok=True)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line: 0 when the file is written, 1 with one sentence when it cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m pydflash.convert", description="z-lab DFlash folder to GGUF")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What the command line takes."""
     parser.add_argument("folder", type=Path, help="config.json and model.safetensors (or its shards)")
     parser.add_argument("destination", type=Path, help="the GGUF file to write")
     parser.add_argument("--target", type=Path, help="the target's GGUF: copy its tokenizer, for llama.cpp")
     parser.add_argument("--type", choices=["q8_0"], help="quantise the matrices (default: leave them as they are)")
-    options = parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Does what the command line says."""
+    convert(options.folder, options.destination, target=options.target, matrix_type=options.type)
+    print(f"{options.destination}: {options.destination.stat().st_size / 1e6:.1f} MB")
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line: 0 when the file is written, 1 with one sentence when it cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m pydflash.convert", description="z-lab DFlash folder to GGUF")
+    add_arguments(parser)
     try:
-        convert(options.folder, options.destination, target=options.target, matrix_type=options.type)
+        return run(parser.parse_args(arguments))
     except PydflashError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{options.destination}: {options.destination.stat().st_size / 1e6:.1f} MB")
-    return 0
 
 
 if __name__ == "__main__":

@@ -277,6 +277,6 @@ def test_command_line(tiny_target: Path, tiny_draft: Path) -> None:
     assert "take a smaller model" in small.stdout
     assert small.stderr == "error: it does not fit into 1.0 MiB\n"
     wrong = run("--vram", "much")
-    assert wrong.returncode == 1
+    assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: vram is 'much'")
     assert run("--frobnicate").returncode == 2

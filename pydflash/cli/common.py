@@ -1,0 +1,167 @@
+"""Options that several commands share, and what they stand for: models, a session, a run's settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydflash.errors import ArgumentError, ModelFileError
+
+if TYPE_CHECKING:
+    import pydflash
+
+BUDGET = 16  # Session's own default
+
+
+def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """--target and --draft."""
+    group = parser.add_argument_group("models")
+    shipped = "" if required else " (default: the tiny one that ships with pydflash)"
+    group.add_argument("--target", required=required, metavar="GGUF", help=f"the model{shipped}")
+    group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a GGUF, or a folder as z-lab lays it out")
+
+
+def add_session(parser: argparse.ArgumentParser) -> None:
+    """Where a session runs and what it sets memory aside for."""
+    group = parser.add_argument_group("session")
+    group.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default) is cuda where that can be had"
+    )
+    group.add_argument("--n-ctx", type=int, metavar="N", help="context in tokens (default: the largest that fits)")
+    group.add_argument(
+        "--kv-type",
+        default="auto",
+        metavar="TYPE",
+        help="f32, f16, q8_0 or q4_0, a pair for K and V: q8_0,q4_0, or auto (default): the first of f16, q8_0 and "
+        "q4_0 that fits",
+    )
+    group.add_argument("--n-batch", type=int, default=512, metavar="N", help="prefill chunk in tokens (default: 512)")
+    group.add_argument(
+        "--n-ring", type=int, default=4096, metavar="N", help="positions the drafter sees (default: 4096)"
+    )
+
+
+def add_drafting(parser: argparse.ArgumentParser) -> None:
+    """How a session drafts; `check_drafting` belongs to it."""
+    group = parser.add_argument_group("drafting")
+    group.add_argument(
+        "--budget", type=int, metavar="N", help=f"tree nodes besides the root, 0 to 63 (default: {BUDGET})"
+    )
+    group.add_argument("--chain", action="store_true", help="draft one line of tokens instead of a tree")
+    group.add_argument("--no-draft", action="store_true", help="decode plainly; the drafter is not opened")
+
+
+def check_drafting(options: argparse.Namespace) -> None:
+    """Ends the program when --no-draft meets what is for drafters."""
+    if options.no_draft and (options.draft or options.chain or options.budget):
+        options.usage_error("--no-draft goes without --draft, --chain and --budget")
+
+
+def add_sampling(parser: argparse.ArgumentParser, *, n_gen: int | None) -> None:
+    """How tokens are chosen and when a text ends; `sampling` reads it."""
+    group = parser.add_argument_group("sampling")
+    most = "until the context is full" if n_gen is None else str(n_gen)
+    group.add_argument(
+        "--n-gen", "-n", type=int, default=n_gen, metavar="N", help=f"at most N tokens (default: {most})"
+    )
+    group.add_argument("--temperature", type=float, metavar="T", help="0 (default) takes the likeliest token")
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest (default 0: all)")
+    group.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest share P (default: 1)")
+    group.add_argument("--min-p", type=float, metavar="P", help="leave out what is below P times the likeliest")
+    group.add_argument(
+        "--repeat-penalty", type=float, metavar="R", help="divide the logits of tokens that were there (default: 1)"
+    )
+    group.add_argument(
+        "--presence-penalty", type=float, metavar="A", help="take A off the logits of tokens that were there"
+    )
+    group.add_argument("--frequency-penalty", type=float, metavar="A", help="the same for every time they were there")
+    group.add_argument(
+        "--logit-bias",
+        action="append",
+        type=_bias,
+        metavar="ID=B",
+        help="add B to the logit of token ID; may be given again",
+    )
+    group.add_argument("--seed", type=int, metavar="S", help="of the draws (default: a random one, reported)")
+    group.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be given again")
+    group.add_argument("--ignore-eos", action="store_true", default=None, help="go on behind the model's end tokens")
+
+
+def _bias(text: str) -> tuple[int, float]:
+    token, _, bias = text.partition("=")
+    return int(token), float(bias)
+
+
+_bias.__name__ = "ID=B"  # argparse names the type in its refusal
+
+_SETTINGS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repeat_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+)
+
+
+def sampling(options: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a run that were given, by the names of `Sampling`."""
+    given: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+    given["logit_bias"] = dict(options.logit_bias) if options.logit_bias else None
+    return {"max_tokens": options.n_gen} | {name: value for name, value in given.items() if value is not None}
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """What the text must look like; `response_format` reads it."""
+    group = parser.add_argument_group("form of the answer").add_mutually_exclusive_group()
+    group.add_argument("--json-schema", metavar="FILE", help="JSON that this schema allows")
+    group.add_argument("--regex", metavar="PATTERN", help="text that this pattern matches as a whole")
+    group.add_argument("--choice", action="append", metavar="TEXT", help="one of these; give it once for each")
+
+
+def response_format(options: argparse.Namespace) -> Mapping[str, Any] | None:
+    """The form asked for, as `Session.generate` takes it."""
+    if options.json_schema is not None:
+        try:
+            with open(options.json_schema, encoding="utf-8") as file:
+                schema = json.load(file)
+        except OSError as error:
+            raise ModelFileError(f"cannot read the schema {options.json_schema}: {error.strerror}") from None
+        except ValueError as error:
+            raise ArgumentError(f"the schema {options.json_schema} is not JSON: {error}") from None
+        return {"type": "json_schema", "json_schema": {"schema": schema}}
+    if options.regex is not None:
+        return {"type": "regex", "regex": options.regex}
+    if options.choice is not None:
+        return {"type": "choice", "choice": options.choice}
+    return None
+
+
+def open_session(options: argparse.Namespace, *, budget: int | None = None) -> pydflash.Session:
+    """A session as the options of models, session and, where a command has it, drafting say."""
+    import pydflash
+    from pydflash import models
+    from pydflash.options import kv_type_of
+
+    target, draft = options.target, options.draft
+    if getattr(options, "no_draft", False) and target is None:
+        target = models.target_path()
+    if budget is None:
+        budget = BUDGET if options.budget is None else options.budget
+    return pydflash.Session(
+        target,
+        draft,
+        n_ctx=options.n_ctx,
+        kv_type=kv_type_of(options.kv_type),
+        budget=budget,
+        chain=getattr(options, "chain", False),
+        device=options.device,
+        n_batch=options.n_batch,
+        n_ring=options.n_ring,
+    )
