@@ -32,12 +32,26 @@ int pf_top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, fl
 }
 
 int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget,
-                  int32_t shape, const pf_calibration * calibration, int32_t root_token, int32_t * token,
-                  int32_t * parent, int32_t * depth, int32_t * rank, float * score, int32_t * n_nodes) {
+                  int32_t shape, const pf_calibration * calibration, int32_t root_token, const pf_line * line,
+                  pf_allowed allowed, void * user, int32_t * token, int32_t * parent, int32_t * depth, int32_t * rank,
+                  float * score, int32_t * n_nodes) {
     return pf::guard([&] {
         pf::require(token && parent && depth && rank && score && n_nodes, "the output arrays must not be NULL");
+        pf::Line along;
+        if (line) {
+            pf::require(line->n >= 0 && line->n < PF_MAX_NODES, "a line must have 0 to 63 tokens");
+            pf::require(line->n == 0 || (line->token && line->logp), "a line needs its tokens and logp");
+            along.n = line->n;
+            std::copy_n(line->token, line->n, along.token);
+            std::copy_n(line->logp, line->n, along.logp);
+        }
+        pf::Allowed ask;
+        if (allowed) {
+            ask = [&](const int32_t * path, int32_t n) { return allowed(user, path, n) != 0; };
+        }
         pf::Tree tree;
-        pf::build_tree(ids, logp, n_depth, n_rank, budget, shape, calibration, root_token, tree);
+        pf::build_tree(ids, logp, n_depth, n_rank, budget, shape, calibration, root_token, line ? &along : nullptr, ask,
+                       tree);
         std::copy_n(tree.token, tree.n_nodes, token);
         std::copy_n(tree.parent, tree.n_nodes, parent);
         std::copy_n(tree.depth, tree.n_nodes, depth);

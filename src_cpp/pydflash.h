@@ -275,14 +275,33 @@ typedef struct pf_calibration {
     const float * rate; /* [n_deviations, n_bins] */
 } pf_calibration;
 
+/* A line of tokens below the root that is proposed besides the drafter's: what followed when the last tokens were said
+ * before, or what a grammar forces. */
+typedef struct pf_line {
+    int32_t n;             /* at most PF_MAX_NODES - 1; may be deeper than the drafter's block */
+    const int32_t * token; /* [n] */
+    const float * logp;    /* [n], of each, those before it taken as accepted; 0: certain */
+} pf_line;
+
+/* Whether path[0, n), the tokens from below the root down to a candidate, may be said (not 0). Asked of a node that is to
+ * be taken, when all above it were. */
+typedef int (*pf_allowed)(void * user, const int32_t * path, int32_t n);
+
 /* DDTree: the likeliest prefix-closed set of `budget` nodes besides the root, best first over cumulative
- * log-probability, ties by the tuple of ranks along the path. Nodes come numbered: root 0, then the rank-0 path in
- * order, then the rest, parents before children. ids and logp are [n_depth, n_rank], row d for depth d + 1, ranks in
- * falling order. Outputs hold PF_MAX_NODES entries: token (root's: root_token), parent (-1 for the root), depth, rank,
- * score (cumulative calibrated log-probability, 0 for the root). */
+ * log-probability. ids and logp are [n_depth, n_rank], row d for depth d + 1, ranks in falling order.
+ * In a node on the line's path (line may be NULL) the line's next token is a child too, with the better of the line's
+ * probability and the drafter's where the drafter has it as well, placed among its siblings by that, before those it ties
+ * with. Where the line's is the better, the siblings share what it leaves in proportion to what they had. Ties go by the
+ * tuple of places among siblings along the path. A chain takes the likeliest child of each node. What is not `allowed`
+ * (NULL: everything is) is left out, and its next sibling takes its place.
+ * Nodes come numbered: root 0, then the path of the likeliest children in order (without a line: the rank-0 path), then
+ * the rest, parents before children. Outputs hold PF_MAX_NODES entries: token (root's: root_token), parent (-1 for the
+ * root), depth, rank (-1 for a token that only the line has), score (cumulative calibrated log-probability, 0 for the
+ * root). */
 PF_API int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget,
-                         int32_t shape, const pf_calibration * calibration, int32_t root_token, int32_t * token,
-                         int32_t * parent, int32_t * depth, int32_t * rank, float * score, int32_t * n_nodes);
+                         int32_t shape, const pf_calibration * calibration, int32_t root_token, const pf_line * line,
+                         pf_allowed allowed, void * user, int32_t * token, int32_t * parent, int32_t * depth,
+                         int32_t * rank, float * score, int32_t * n_nodes);
 
 /* The target's choice from one row of logits at a position of the timeline: argmax (ties: lowest id) at temperature 0,
  * else the one draw that (seed, position) stand for. */

@@ -197,7 +197,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
 
         // 2. Build the tree.
         build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0,
-                   shape_, nullptr, pending_, tree_);
+                   shape_, nullptr, pending_, nullptr, {}, tree_);
         out.build_ms = timer.lap_ms();
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.

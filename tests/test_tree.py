@@ -2,6 +2,7 @@
 
 import heapq
 import math
+import zlib
 from typing import NamedTuple
 
 import numpy as np
@@ -21,8 +22,23 @@ class Node(NamedTuple):
     score: float
 
 
-def call(ids, logp, budget, *, shape=lib.PF_SHAPE_TREE, rate=None, n_depth=None, n_rank=None, n_bins=None):
-    """Status and nodes of one pf_tree_build; the sizes are the arrays' own unless given."""
+def call(
+    ids,
+    logp,
+    budget,
+    *,
+    shape=lib.PF_SHAPE_TREE,
+    rate=None,
+    line=None,
+    allowed=None,
+    n_depth=None,
+    n_rank=None,
+    n_bins=None,
+):
+    """Status and nodes of one pf_tree_build; the sizes are the arrays' own unless given.
+
+    line: pairs of token and log-probability. allowed: of a tuple of tokens.
+    """
     n = lib.PF_MAX_NODES
     ids = np.ascontiguousarray(ids, np.int32)
     logp = np.ascontiguousarray(logp, np.float32)
@@ -37,6 +53,14 @@ def call(ids, logp, budget, *, shape=lib.PF_SHAPE_TREE, rate=None, n_depth=None,
         calibration.rate = ffi.from_buffer("float[]", rate)
         if n_bins is not None:
             calibration.n_bins = n_bins
+    along = ffi.NULL
+    if line is not None:
+        tokens = ffi.new("int32_t[]", [token for token, _ in line])
+        line_logp = ffi.new("float[]", [own for _, own in line])
+        along = ffi.new("pf_line *", {"n": len(line), "token": tokens, "logp": line_logp})
+    ask = ffi.NULL
+    if allowed is not None:
+        ask = ffi.callback("int(void *, const int32_t *, int32_t)", lambda _, path, n: allowed(tuple(path[0:n])))
     status = lib.pf_tree_build(
         ffi.from_buffer("int32_t[]", ids),
         ffi.from_buffer("float[]", logp),
@@ -46,6 +70,9 @@ def call(ids, logp, budget, *, shape=lib.PF_SHAPE_TREE, rate=None, n_depth=None,
         shape,
         calibration,
         ROOT_TOKEN,
+        along,
+        ask,
+        ffi.NULL,
         *(ffi.from_buffer("int32_t[]", column) for column in columns.values()),
         ffi.from_buffer("float[]", score),
         n_nodes,
@@ -331,6 +358,180 @@ def test_rates_of_zero_and_one_come_last_and_stay_deterministic():
     assert math.exp(build(sure, 6, rate=[[0.9]])[2].score) == pytest.approx(0.81)
 
 
+# ---- a line of tokens besides, and tokens that may not be said ------------------------------------------------------
+
+
+class Child(NamedTuple):
+    token: int
+    rank: int
+    logp: float
+
+
+def without(logp):
+    return log(-math.expm1(logp))
+
+
+def children(logp, path, line, rate=None):
+    """Every child of a node, in order; path: the Childs above."""
+    line = [(token, min(0.0, float(np.float32(own)))) for token, own in line]
+    n_depth, n_rank = np.shape(logp)
+    depth = len(path) + 1
+    drafted = []
+    if depth <= n_depth:
+        of = conditionals(logp, rate)(depth, sum(node.rank != 0 for node in path))
+        drafted = [Child(1000 * depth + rank, rank, of[rank]) for rank in range(n_rank)]
+    if depth > len(line) or [node.token for node in path] != [token for token, _ in line[: depth - 1]]:
+        return drafted
+    token, own = line[depth - 1]
+    both = next((child for child in drafted if child.token == token), Child(token, -1, -math.inf))
+    others = [child for child in drafted if child is not both]
+    if own > both.logp:
+        left = without(own) - without(both.logp)
+        others = [child._replace(logp=child.logp + left) for child in others]
+    both = both._replace(logp=max(own, both.logp))
+    return sorted([both, *others], key=lambda child: -child.logp)  # stable: the line's before its equals
+
+
+def best_of_all(logp, budget, *, line=(), allowed=lambda path: True, chain=False, rate=None):
+    """The first `budget` nodes of everything that there is, in order, and how they must be numbered."""
+    everything = []
+
+    def visit(path, places, score, first):
+        if path:
+            everything.append((-score, places, tuple(path), first))
+        before = False
+        for place, child in enumerate(children(logp, path, line, rate)):
+            if allowed(tuple(node.token for node in [*path, child])):
+                visit([*path, child], (*places, place), score + child.logp, first and not before)
+                before = True
+                if chain:
+                    break
+
+    visit([], (), 0.0, True)
+    taken = sorted(everything, key=lambda node: node[:2])[:budget]
+    return [node for node in taken if node[3]] + [node for node in taken if not node[3]]
+
+
+def token_paths(nodes):
+    result = [()]
+    for node in nodes[1:]:
+        result.append((*result[node.parent], node.token))
+    return result
+
+
+def some_forbidden(seed):
+    """Forbids a quarter of all paths, always the same ones."""
+    return lambda path: zlib.crc32(np.array([seed, *path], np.int32).tobytes()) % 4 > 0
+
+
+@st.composite
+def lines(draw, max_size=5):
+    """Tokens that the drafter has at that depth, or (rank 9) hasn't; often as likely as one of its own."""
+    value = st.one_of(st.sampled_from([0.0, -0.25, -0.5, -1.0, -2.0]), st.floats(-40, 0, width=32))
+    ranks = draw(st.lists(st.tuples(st.sampled_from([0, 0, 1, 2, 9]), value), max_size=max_size))
+    return [(1000 * depth + rank, own) for depth, (rank, own) in enumerate(ranks, 1)]
+
+
+def test_worked_example_of_a_line():
+    # Depth 1: a .5, b .25; depth 2: c .75, d .125. The line says b .6, d .1, x .5.
+    # b has .6, and leaves a .5 x .4 / .75. Below b: c .75, d .125 (the drafter thinks better of it), then x.
+    a, b, c, d, x = 1000, 1001, 2000, 2001, 3009
+    nodes = build(np.log([[0.5, 0.25], [0.75, 0.125]]), 63, line=[(b, log(0.6)), (d, log(0.1)), (x, log(0.5))])
+    chance = dict(zip(token_paths(nodes), np.exp([node.score for node in nodes]), strict=True))
+    left = 0.5 * 0.4 / 0.75
+    expected = {(): 1, (b,): 0.6, (b, c): 0.45, (a,): left, (a, c): left * 0.75}
+    expected |= {(b, d): 0.075, (b, d, x): 0.0375, (a, d): left * 0.125}
+    assert chance == pytest.approx(expected, rel=1e-6)
+    assert list(chance) == [(), (b,), (b, c), (a,), (a, c), (b, d), (b, d, x), (a, d)]
+    assert [node.rank for node in nodes] == [0, 1, 0, 0, 0, 1, -1, 1]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows(max_depth=3, max_rank=3),
+    lines(),
+    st.one_of(st.none(), st.integers(0, 9)),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_the_likeliest_of_everything_there_is(logp, line, seed, budget, chain):
+    allowed = some_forbidden(seed) if seed is not None else None
+    options = {"line": line} | ({"allowed": allowed} if allowed else {})
+    nodes = build(logp, budget, shape=lib.PF_SHAPE_CHAIN if chain else lib.PF_SHAPE_TREE, **options)
+    expected = best_of_all(logp, budget, chain=chain, **options)
+    assert token_paths(nodes)[1:] == [tuple(node.token for node in path) for _, _, path, _ in expected]
+    assert [node.rank for node in nodes[1:]] == [path[-1].rank for _, _, path, _ in expected]
+    assert [node.score for node in nodes[1:]] == [np.float32(-negative) for negative, *_ in expected]
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows(max_depth=3, max_rank=3), lines(), tables(), st.integers(0, 40))
+def test_calibrated_scores_with_a_line(logp, line, rate, budget):
+    """As above, but equal sums may fall one way or the other by a rounding."""
+    nodes = build(logp, budget, rate=rate, line=line)
+    expected = best_of_all(logp, budget, rate=rate, line=line)
+    scores = [np.sort(np.exp(scores)) for scores in ([n.score for n in nodes[1:]], [-n for n, *_ in expected])]
+    assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-12)
+
+
+@settings(deadline=None, max_examples=100)
+@given(rows(max_depth=16), st.one_of(st.none(), tables()), lines(max_size=63), st.integers(1, 63))
+def test_what_any_tree_with_a_line_must_be(logp, rate, line, budget):
+    asked = []
+
+    def allowed(path):
+        asked.append(path)
+        return some_forbidden(1)(path)
+
+    options = {"rate": rate, "line": line, "allowed": allowed}
+    nodes = build(logp, budget, **options)
+    every_path = token_paths(nodes)
+    assert len(set(every_path)) == len(nodes)  # no two siblings with one token
+    assert len(set(asked)) == len(asked)  # and no question twice
+    assert all(map(some_forbidden(1), every_path[1:]))
+    line_tokens = tuple(token for token, _ in line)
+    for index, (node, path) in enumerate(list(zip(nodes, every_path, strict=True))[1:], 1):
+        assert 0 <= node.parent < index
+        assert node.depth == nodes[node.parent].depth + 1
+        assert node.score <= nodes[node.parent].score
+        assert not math.isnan(node.score)
+        assert node.depth <= logp.shape[0] or path == line_tokens[: node.depth]
+    straight = 0
+    while straight + 1 < len(nodes) and nodes[straight + 1].parent == straight:
+        straight += 1
+    likeliest = {}
+    for path, node in zip(every_path[1:], nodes[1:], strict=True):
+        likeliest[path[:-1]] = max(likeliest.get(path[:-1], -math.inf), node.score)
+    assert all(nodes[i].score == likeliest[every_path[i][:-1]] for i in range(1, straight + 1))
+    assert set(token_paths(build(logp, budget - 1, **options))) <= set(every_path)
+    assert build(logp, budget, **options) == nodes
+    assert build(logp, budget, rate=rate, line=[]) == build(logp, budget, rate=rate)
+
+
+def test_a_line_goes_deeper_than_the_drafter():
+    line = [(1000 * depth + 9, 0.0) for depth in range(1, 64)]
+    nodes = build(np.log([[0.6, 0.3]]), 63, line=line)
+    assert [node.token for node in nodes] == [ROOT_TOKEN, *(token for token, _ in line)]
+    assert [node.parent for node in nodes] == list(range(-1, 63))
+    assert [node.token for node in build(np.empty((0, 0)), 5, line=line)[1:]] == [token for token, _ in line[:5]]
+
+
+def test_of_a_certain_line_nothing_else_is_asked():
+    asked = []
+    line = [(1000 * depth + depth % 3, 0.0) for depth in range(1, 11)]
+    rng = np.random.default_rng(1)
+    nodes = build(random_rows(rng, 10, 8), 10, line=line, allowed=lambda path: asked.append(path) or True)
+    assert [node.token for node in nodes[1:]] == [token for token, _ in line]
+    assert len(asked) == 10
+
+
+def test_nothing_allowed_is_the_root_alone():
+    logp = random_rows(np.random.default_rng(1), 15, 16)
+    assert len(build(logp, 63, line=[(1001, 0.0)], allowed=lambda path: False)) == 1
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------
+
 GOOD = np.log([[0.6, 0.3], [0.5, 0.2]])
 
 
@@ -360,6 +561,10 @@ def with_entry(value):
         (GOOD, {"rate": [[0.5]], "n_bins": 0}, "n_bins"),
         (GOOD, {"rate": [[0.5]], "n_bins": 2**30}, "n_bins"),
         (GOOD, {"rate": np.full((65, 1), 0.5)}, "n_deviations"),
+        (GOOD, {"line": [(1, 0.0)] * 64}, "0 to 63 tokens"),
+        (GOOD, {"line": [(1, -1.0), (2, math.nan)]}, r"line logp\[1\]"),
+        (GOOD, {"line": [(1, 0.5)]}, r"line logp\[0\]"),
+        (GOOD, {"line": [(1, -math.inf)]}, r"line logp\[0\]"),
     ],
 )
 def test_bad_input_is_an_error_that_says_where(logp, options, words):
@@ -373,9 +578,12 @@ def test_bad_input_is_an_error_that_says_where(logp, options, words):
 def test_null_arrays():
     outputs = [ffi.new("int32_t[64]") for _ in range(4)] + [ffi.new("float[64]"), ffi.new("int32_t *")]
     null = ffi.NULL
-    assert lib.pf_tree_build(null, null, 3, 2, 4, 0, null, 1, *outputs) == lib.PF_ERR_ARGUMENT
-    assert lib.pf_tree_build(null, null, 0, 0, 4, 0, null, 1, *outputs) == lib.PF_OK  # nothing drafted: the root alone
+    rest = (null, 1, null, null, null)
+    assert lib.pf_tree_build(null, null, 3, 2, 4, 0, *rest, *outputs) == lib.PF_ERR_ARGUMENT
+    assert lib.pf_tree_build(null, null, 0, 0, 4, 0, *rest, *outputs) == lib.PF_OK  # nothing drafted: the root alone
     assert outputs[-1][0] == 1
+    no_tokens = ffi.new("pf_line *", {"n": 1})
+    assert lib.pf_tree_build(null, null, 0, 0, 4, 0, null, 1, no_tokens, null, null, *outputs) == lib.PF_ERR_ARGUMENT
     for missing in range(6):
         some = [null if i == missing else output for i, output in enumerate(outputs)]
-        assert lib.pf_tree_build(null, null, 0, 0, 4, 0, null, 1, *some) == lib.PF_ERR_ARGUMENT
+        assert lib.pf_tree_build(null, null, 0, 0, 4, 0, *rest, *some) == lib.PF_ERR_ARGUMENT

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "pydflash.h"
 
@@ -15,9 +16,19 @@ struct Tree {
     int32_t token[PF_MAX_NODES];
     int32_t parent[PF_MAX_NODES]; // < own index; -1 for the root
     int32_t depth[PF_MAX_NODES];  // 0 for the root
-    int32_t rank[PF_MAX_NODES];   // among the drafter's choices at that depth; 0 for the root
+    int32_t rank[PF_MAX_NODES];   // among the drafter's choices at that depth, -1 for the line's own; 0 for the root
     float score[PF_MAX_NODES];    // cumulative calibrated log-probability
 };
+
+// One line of tokens below the root, proposed besides the drafter's block, and often longer than that.
+struct Line {
+    int32_t n = 0; // at most PF_MAX_NODES - 1
+    int32_t token[PF_MAX_NODES];
+    float logp[PF_MAX_NODES]; // of each token, those before it taken as accepted; 0: it is certain
+};
+
+// May path[0, n), the tokens below the root down to a candidate, be said? All but the last of them were allowed.
+using Allowed = std::function<bool(const int32_t * path, int32_t n)>;
 
 // The column of a calibration table that a rank-0 probability falls in: n_bins equal bins over [0, 1], 1 in the last.
 inline int32_t calibration_bin(double probability, int32_t n_bins) {
@@ -25,7 +36,9 @@ inline int32_t calibration_bin(double probability, int32_t n_bins) {
 }
 
 // See pf_tree_build. Allocates nothing; the same input gives the same tree. ids in a row are taken to be distinct.
+// line may be null; an empty `allowed` allows everything.
 void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
-                const pf_calibration * calibration, int32_t root_token, Tree & out);
+                const pf_calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
+                Tree & out);
 
 } // namespace pf
