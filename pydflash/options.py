@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, SupportsFloat, SupportsIndex, TypeAlias
 
 from pydflash._lib import ffi, lib
@@ -120,8 +121,13 @@ def generate_params(
     budget: int,
     chain: bool,
     stop_ids: list[int],
+    repeat_penalty: float = 1.0,
+    presence_penalty: float = 0.0,
+    frequency_penalty: float = 0.0,
+    logit_bias: Mapping[int, float] | None = None,
+    logprobs: int | None = None,
 ) -> tuple[Any, Any]:
-    """A filled pf_generate_params, and the array it points into, which must live until it has been used."""
+    """A filled pf_generate_params, and the arrays it points into, which must live until it has been used."""
     params = ffi.new("pf_generate_params *")
     lib.pf_generate_params_default(params)
     params.budget = integer("budget", budget, 0, MAX_BUDGET)
@@ -131,10 +137,29 @@ def generate_params(
     params.top_p = number("top_p", top_p, 0, 1)
     params.min_p = number("min_p", min_p, 0, 1)
     params.seed = integer("seed", seed, 0, 2**64 - 1)
-    array = ffi.new("int32_t[]", stop_ids)
-    params.stop_ids = array
-    params.n_stop_ids = len(stop_ids)
-    return params, array
+    params.repeat_penalty = number("repeat_penalty", repeat_penalty, 0.01, 100)
+    params.presence_penalty = number("presence_penalty", presence_penalty, -100, 100)
+    params.frequency_penalty = number("frequency_penalty", frequency_penalty, -100, 100)
+    params.n_logprobs = -1 if logprobs is None else integer("logprobs", logprobs, 0, lib.PF_MAX_LOGPROBS)
+    bias = biases(logit_bias)
+    arrays = ffi.new("int32_t[]", stop_ids), ffi.new("int32_t[]", list(bias)), ffi.new("float[]", list(bias.values()))
+    params.stop_ids, params.bias_ids, params.bias = arrays
+    params.n_stop_ids, params.n_bias = len(stop_ids), len(bias)
+    return params, arrays
+
+
+def biases(value: Mapping[int, float] | None) -> dict[int, float]:
+    """What to add to the logits of tokens: -1000 to 1000, or -inf to forbid one. The core knows its vocabulary."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise ArgumentError(f"logit_bias is {_brief(value)}, not a mapping of token ids to numbers")
+    checked = {}
+    for token, bias in value.items():
+        token = integer("a token id in logit_bias", token, 0, 2**31 - 1)
+        forbidden = isinstance(bias, SupportsFloat) and float(bias) == -math.inf
+        checked[token] = -math.inf if forbidden else number(f"logit_bias[{token}]", bias, -1000, 1000)
+    return checked
 
 
 def _brief(value: object) -> str:

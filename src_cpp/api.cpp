@@ -126,6 +126,8 @@ void pf_generate_params_default(pf_generate_params * params) {
     params->budget = 16;
     params->shape = PF_SHAPE_TREE;
     params->top_p = 1.0f;
+    params->repeat_penalty = 1.0f;
+    params->n_logprobs = -1;
 }
 
 int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_session_params * params,
@@ -200,6 +202,14 @@ int pf_session_commit(pf_session * session, int32_t n_keep, double * commit_ms) 
         if (commit_ms) {
             *commit_ms = std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - start).count();
         }
+    });
+}
+
+int pf_session_logprobs(const pf_session * session, float * logp, int32_t * top_ids, float * top_logp) {
+    return pf::guard([&] {
+        pf::require(session && logp && top_ids && top_logp,
+                    "pf_session_logprobs: session, logp, top_ids and top_logp must not be null");
+        session->session.logprobs(logp, top_ids, top_logp);
     });
 }
 

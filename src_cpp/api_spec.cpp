@@ -1,8 +1,9 @@
 // The C interface to the parts of a step: checks what the caller passed, then calls spec/.
 #include <algorithm>
+#include <vector>
 
 #include "api_guard.h"
-#include "spec/sampler.h"
+#include "spec/chooser.h"
 #include "spec/tree.h"
 
 namespace {
@@ -13,11 +14,24 @@ void check_logits(const float * logits, int32_t n_vocab) {
     pf::require(pf::usable_logits(logits, n_vocab), "logits must hold no NaN and no +inf, and not only -inf");
 }
 
-pf::Sampler make_sampler(int32_t n_vocab, const pf_generate_params * params) {
+// Checks what the caller passed and calls choose(chooser, row), the row being one that it may change.
+template <class Choose>
+void with_chooser(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
+                  uint64_t n_ids, uint64_t n_output, Choose && choose) {
+    check_logits(logits, n_vocab);
     pf::require(params, "params must not be NULL");
     pf::require(params->size == sizeof(pf_generate_params),
                 "params.size is wrong; fill params with pf_generate_params_default() first");
-    return pf::Sampler(n_vocab, *params);
+    pf::require(ids || n_ids == 0, "ids must not be NULL where n_ids is not 0");
+    pf::require(n_output <= n_ids, "n_output must not be more than n_ids");
+    pf::require(std::all_of(ids, ids + n_ids, [&](int32_t id) { return id >= 0 && id < n_vocab; }),
+                "ids must be within the vocabulary");
+    pf::Chooser chooser(n_vocab);
+    chooser.configure(*params);
+    chooser.counts.append(ids, n_ids - n_output);
+    std::for_each(ids + (n_ids - n_output), ids + n_ids, [&](int32_t id) { chooser.counts.say(id); });
+    std::vector<float> row(logits, logits + n_vocab);
+    choose(chooser, row.data());
 }
 
 } // namespace
@@ -61,20 +75,21 @@ int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int3
     });
 }
 
-int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, int64_t position,
-              int32_t * token) {
+int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
+              uint64_t n_ids, uint64_t n_output, int64_t position, int32_t * token) {
     return pf::guard([&] {
-        check_logits(logits, n_vocab);
         pf::require(position >= 0, "position must not be negative");
         pf::require(token, "token must not be NULL");
-        *token = make_sampler(n_vocab, params).sample(logits, position);
+        with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
+                     [&](pf::Chooser & chooser, float * row) { *token = chooser.choose(row, position); });
     });
 }
 
-int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_params * params, double * probs) {
+int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
+                    uint64_t n_ids, uint64_t n_output, double * probs) {
     return pf::guard([&] {
-        check_logits(logits, n_vocab);
         pf::require(probs, "probs must not be NULL");
-        make_sampler(n_vocab, params).probs(logits, probs);
+        with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
+                     [&](pf::Chooser & chooser, float * row) { chooser.probs(row, probs); });
     });
 }

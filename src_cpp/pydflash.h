@@ -157,6 +157,7 @@ typedef struct pf_session_params {
 } pf_session_params;
 
 enum { PF_SHAPE_TREE = 0, PF_SHAPE_CHAIN = 1 };
+#define PF_MAX_LOGPROBS 20
 
 typedef struct pf_generate_params {
     uint32_t size;
@@ -169,6 +170,17 @@ typedef struct pf_generate_params {
     uint64_t seed;
     const int32_t * stop_ids; /* copied */
     uint64_t n_stop_ids;
+    /* Before all of the above, in this order: the bias is added to the logits; the repetition penalty (Keskar et al. 2019)
+     * divides a positive logit of a token on the timeline and multiplies any other; from a token of the output, which is
+     * what came after the last append, are taken off presence_penalty and frequency_penalty times how often it came. In
+     * a tree the tokens on the way to a node count as said. */
+    const int32_t * bias_ids; /* copied; each once */
+    const float * bias;       /* [n_bias]: -1000 to 1000, or -inf: never this token */
+    uint64_t n_bias;
+    float repeat_penalty;    /* 1: off; 0.01 to 100 */
+    float presence_penalty;  /* 0: off; -100 to 100 */
+    float frequency_penalty; /* 0: off; -100 to 100 */
+    int32_t n_logprobs;      /* likeliest tokens to report with each, 0 to PF_MAX_LOGPROBS; -1: report nothing */
 } pf_generate_params;
 
 /* What one step did. Times are milliseconds. */
@@ -252,6 +264,11 @@ PF_API int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_res
 /* Commits the first n_keep (1 to n_tokens) tokens of the last step; what follows them never happened. Each step must be
  * committed before the next call that moves the timeline; reset forgets it. commit_ms may be NULL. */
 PF_API int pf_session_commit(pf_session * session, int32_t n_keep, double * commit_ms);
+/* Of each of the last step's n_tokens tokens, until the next step: its log-probability, and the n_logprobs likeliest tokens
+ * in its place with theirs, likeliest first, ties by lowest id; [n_tokens] and twice [n_tokens, n_logprobs]. It is the
+ * model's own log-softmax over the whole vocabulary: bias, penalties, temperature, filters and masks are not in it.
+ * PF_ERR_STATE when that step was not asked for them. */
+PF_API int pf_session_logprobs(const pf_session * session, float * logp, int32_t * top_ids, float * top_logp);
 
 /* For anyone who wants to check us. Each replaces the timeline and leaves it empty. n is at most n_ctx. */
 PF_API int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out /* [n, n_vocab] */);
@@ -304,12 +321,13 @@ PF_API int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_dept
                          int32_t * rank, float * score, int32_t * n_nodes);
 
 /* The target's choice from one row of logits at a position of the timeline: argmax (ties: lowest id) at temperature 0,
- * else the one draw that (seed, position) stand for. */
-PF_API int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, int64_t position,
-                     int32_t * token);
+ * else the one draw that (seed, position) stand for. ids [n_ids] are the tokens that penalties see, the last n_output of
+ * them output; n_ids may be 0. */
+PF_API int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
+                     uint64_t n_ids, uint64_t n_output, int64_t position, int32_t * token);
 /* The distribution pf_sample draws from. */
 PF_API int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_params * params,
-                           double * probs /* [n_vocab] */);
+                           const int32_t * ids, uint64_t n_ids, uint64_t n_output, double * probs /* [n_vocab] */);
 
 #ifdef __cplusplus
 }

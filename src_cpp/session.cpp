@@ -34,7 +34,8 @@ class Timer {
 Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Drafter> drafter,
                  const pf_session_params & given)
     : target_(std::move(target)), drafter_(std::move(drafter)), plan_(require_plan(*target_, drafter_.get(), given)),
-      n_ctx_(plan_.params.n_ctx), n_batch_(given.n_batch), runner_(*target_, drafter_.get(), plan_.params) {
+      n_ctx_(plan_.params.n_ctx), n_batch_(given.n_batch), runner_(*target_, drafter_.get(), plan_.params),
+      chooser_(target_->n_vocab) {
     if (drafter_) {
         top_ids_.resize((size_t) (drafter_->block_size * PF_MAX_NODES));
         top_logp_.resize(top_ids_.size());
@@ -54,6 +55,7 @@ void Session::reset() {
     n_ = 0;
     pending_ = -1;
     uncommitted_ = false;
+    chooser_.counts.clear();
     runner_.clear();
 }
 
@@ -107,14 +109,13 @@ void Session::configure(const pf_generate_params & params) {
         throw Error(PF_ERR_ARGUMENT, "n_stop_ids is set, but stop_ids is null");
     }
     check_ids(params.stop_ids, params.n_stop_ids);
-    auto sampler = std::make_unique<Sampler>(target_->n_vocab, params);
     int32_t budget = drafter_ ? params.budget : 0;
     if (drafter_ && params.shape == PF_SHAPE_CHAIN) {
         budget = std::min(budget, drafter_->block_size - 1); // a chain cannot be longer: no pads for what cannot be
     }
-    logits_.resize(sampler->greedy() ? 0 : (size_t) target_->n_vocab);
     runner_.reserve_tree(budget + 1);
-    sampler_ = std::move(sampler);
+    chooser_.configure(params);
+    logits_.resize(chooser_.reads_logits() ? (size_t) target_->n_vocab : 0);
     budget_ = budget;
     shape_ = params.shape;
     stop_ids_.assign(params.stop_ids, params.stop_ids + params.n_stop_ids);
@@ -160,6 +161,7 @@ void Session::append(const int32_t * ids, uint64_t n) {
         options.taps = taps();
         evaluate(behind.data(), behind.size(), options, [](const PassOutputs &, uint64_t, size_t) {});
         pending_ = ids[n - 1];
+        chooser_.counts.append(ids, n);
     });
 }
 
@@ -208,23 +210,24 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
                               : nodes_.set(i, pending_, -1, 0);
         }
         PassOptions options;
-        const bool greedy = sampler_->greedy();
-        options.head = greedy ? PassHead::choice : PassHead::logits;
+        const bool reads_logits = chooser_.reads_logits();
+        options.head = reads_logits ? PassHead::logits : PassHead::choice;
         options.commit = nodes_.n == 1;
         options.taps = taps();
         const PassOutputs & verified = runner_.pass(nodes_, n_, options);
-        if (greedy) {
+        if (!reads_logits) {
             runner_.read(verified.choice, 0, tree_.n_nodes, choice_.data());
         }
         out.verify_ms = timer.lap_ms();
 
         // 4. Accept along the target's own choices.
+        chooser_.begin();
         accept(
             tree_, room,
             [&](int32_t node) {
-                if (!greedy) {
+                if (reads_logits) {
                     runner_.read(verified.logits, node, 1, logits_.data());
-                    return sampler_->sample(logits_.data(), n_ + tree_.depth[node] + 1);
+                    return chooser_.choose(logits_.data(), n_ + tree_.depth[node] + 1);
                 }
                 const int32_t token = choice_[(size_t) (2 * node)];
                 if (token < 0) {
@@ -234,6 +237,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
             },
             [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },
             accepted_);
+        chooser_.end();
         out.accept_ms = timer.lap_ms();
 
         out.n_tokens = accepted_.n_path;
@@ -263,6 +267,7 @@ void Session::commit(int32_t n_keep) {
         }
         n_ += n_keep;
         pending_ = accepted_.tokens[n_keep - 1];
+        std::for_each(accepted_.tokens, accepted_.tokens + n_keep, [&](int32_t id) { chooser_.counts.say(id); });
         uncommitted_ = false;
     });
 }

@@ -12,7 +12,7 @@
 #include "plan.h"
 #include "runner.h"
 #include "spec/accept.h"
-#include "spec/sampler.h"
+#include "spec/chooser.h"
 #include "spec/tree.h"
 
 namespace pf {
@@ -33,6 +33,10 @@ class Session {
     void configure(const pf_generate_params & params);
     void step(int32_t max_tokens, pf_step_result & out);
     void commit(int32_t n_keep);
+    // See pf_session_logprobs.
+    void logprobs(float * logp, int32_t * top_ids, float * top_logp) const {
+        chooser_.logprobs(logp, top_ids, top_logp);
+    }
 
     void logits(const int32_t * ids, uint64_t n, float * out);
     void hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t> & layers, float * out);
@@ -54,7 +58,7 @@ class Session {
     int64_t n_ctx_;
     int32_t n_batch_;
     Runner runner_;
-    std::unique_ptr<Sampler> sampler_;
+    Chooser chooser_;
 
     int64_t n_ = 0;        // committed tokens
     int32_t pending_ = -1; // chosen, not yet evaluated; -1: the timeline is empty
@@ -70,7 +74,7 @@ class Session {
     std::vector<int32_t> top_ids_; // [n_depth, n_rank], what was drafted
     std::vector<float> top_logp_;
     std::vector<int32_t> choice_; // [N, 2], greedy: the likeliest token at each node
-    std::vector<float> logits_;   // [n_vocab], when sampling: of the node being visited
+    std::vector<float> logits_;   // [n_vocab], where choosing reads them: of the node being visited
 };
 
 } // namespace pf

@@ -9,6 +9,8 @@ from _pydflash import ffi, lib
 
 from tests.chi_square import chi_square_p
 
+NO_IDS = (ffi.NULL, 0, 0)  # for penalties, which are not tested here
+
 
 def message():
     return ffi.string(lib.pf_last_error()).decode()
@@ -37,7 +39,9 @@ def top_k(logits, k):
 
 def probabilities(logits, **settings):
     out = np.full(len(logits), np.nan)
-    status = lib.pf_sample_probs(floats(logits), len(logits), make_params(**settings), ffi.from_buffer("double[]", out))
+    status = lib.pf_sample_probs(
+        floats(logits), len(logits), make_params(**settings), *NO_IDS, ffi.from_buffer("double[]", out)
+    )
     assert status == lib.PF_OK, message()
     return out
 
@@ -49,7 +53,7 @@ def sampler(logits, **settings):
 
     def draw(seed, position):
         params.seed = seed
-        assert lib.pf_sample(row, n_vocab, params, position, token) == lib.PF_OK, message()
+        assert lib.pf_sample(row, n_vocab, params, *NO_IDS, position, token) == lib.PF_OK, message()
         return token[0]
 
     return draw
@@ -351,15 +355,15 @@ def test_logits_that_are_no_numbers(value, position):
         assert "NaN" in message()
     for settings in ({"temperature": 0.0}, *FILTERS):
         params = make_params(**settings)
-        assert lib.pf_sample(floats(logits), 1001, params, 0, buffers[0]) == lib.PF_ERR_ARGUMENT
-        assert lib.pf_sample_probs(floats(logits), 1001, params, buffers[2]) == lib.PF_ERR_ARGUMENT
+        assert lib.pf_sample(floats(logits), 1001, params, *NO_IDS, 0, buffers[0]) == lib.PF_ERR_ARGUMENT
+        assert lib.pf_sample_probs(floats(logits), 1001, params, *NO_IDS, buffers[2]) == lib.PF_ERR_ARGUMENT
         assert "NaN" in message()
 
 
 def test_nothing_but_masked_tokens():
     logits = np.full(20, -np.inf)
     for settings in ({"temperature": 0.0}, {}, {"top_k": 3}):
-        status = lib.pf_sample(floats(logits), 20, make_params(**settings), 0, ffi.new("int32_t *"))
+        status = lib.pf_sample(floats(logits), 20, make_params(**settings), *NO_IDS, 0, ffi.new("int32_t *"))
         assert status == lib.PF_ERR_ARGUMENT
         assert "-inf" in message()
 
@@ -380,7 +384,8 @@ def test_nothing_but_masked_tokens():
     ],
 )
 def test_settings_out_of_range(settings, word):
-    assert lib.pf_sample(floats([1, 2]), 2, make_params(**settings), 0, ffi.new("int32_t *")) == lib.PF_ERR_ARGUMENT
+    status = lib.pf_sample(floats([1, 2]), 2, make_params(**settings), *NO_IDS, 0, ffi.new("int32_t *"))
+    assert status == lib.PF_ERR_ARGUMENT
     assert word in message()
 
 
@@ -389,15 +394,15 @@ def test_arguments_out_of_range():
     logp, probs = ffi.new("float[2]"), ffi.new("double[2]")
     null = ffi.NULL
     for status in (
-        lib.pf_sample(row, 2, params, -1, token),
-        lib.pf_sample(row, 0, params, 0, token),
-        lib.pf_sample(row, -5, params, 0, token),
-        lib.pf_sample(null, 2, params, 0, token),
-        lib.pf_sample(row, 2, null, 0, token),
-        lib.pf_sample(row, 2, params, 0, null),
-        lib.pf_sample(row, 2, ffi.new("pf_generate_params *"), 0, token),  # its size was not filled in
-        lib.pf_sample_probs(row, 2, params, null),
-        lib.pf_sample_probs(null, 2, params, probs),
+        lib.pf_sample(row, 2, params, *NO_IDS, -1, token),
+        lib.pf_sample(row, 0, params, *NO_IDS, 0, token),
+        lib.pf_sample(row, -5, params, *NO_IDS, 0, token),
+        lib.pf_sample(null, 2, params, *NO_IDS, 0, token),
+        lib.pf_sample(row, 2, null, *NO_IDS, 0, token),
+        lib.pf_sample(row, 2, params, *NO_IDS, 0, null),
+        lib.pf_sample(row, 2, ffi.new("pf_generate_params *"), *NO_IDS, 0, token),  # its size was not filled in
+        lib.pf_sample_probs(row, 2, params, *NO_IDS, null),
+        lib.pf_sample_probs(null, 2, params, *NO_IDS, probs),
         lib.pf_top_k(row, 2, 0, token, logp),
         lib.pf_top_k(row, 2, 3, token, logp),
         lib.pf_top_k(row, 0, 1, token, logp),

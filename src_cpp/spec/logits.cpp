@@ -184,10 +184,20 @@ void best_keys(const float * logits, int32_t n_vocab, int32_t k, uint64_t * keys
     }
 }
 
-void top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp) {
-    const double max = max_logit(logits, n_vocab);
-    const double log_sum = std::log(sum_exp(logits, n_vocab, static_cast<float>(max)));
+LogSoftmax::LogSoftmax(const float * logits, int32_t n_vocab)
+    : max(max_logit(logits, n_vocab)), log_sum(std::log(sum_exp(logits, n_vocab, static_cast<float>(max)))) {}
 
+float LogSoftmax::of_logit(float logit) const {
+    // The difference of two finite floats may not fit in one.
+    const double value = (logit - max) - log_sum;
+    return logit == -inf ? logit : static_cast<float>(std::max(value, -static_cast<double>(FLT_MAX)));
+}
+
+void top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp) {
+    top_k(logits, n_vocab, LogSoftmax(logits, n_vocab), k, ids, logp);
+}
+
+void top_k(const float * logits, int32_t n_vocab, const LogSoftmax & row, int32_t k, int32_t * ids, float * logp) {
     constexpr int32_t few = 64;
     uint64_t few_keys[few];
     std::vector<uint64_t> many_keys;
@@ -202,10 +212,7 @@ void top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, floa
     std::sort(keys, keys + k, std::greater<>());
     for (int32_t i = 0; i < k; ++i) {
         ids[i] = rank_key_id(keys[i]);
-        const float logit = logits[ids[i]];
-        const double value = (logit - max) - log_sum;
-        // The difference of two finite floats may not fit in one.
-        logp[i] = logit == -inf ? logit : static_cast<float>(std::max(value, -static_cast<double>(FLT_MAX)));
+        logp[i] = row.of_logit(logits[ids[i]]);
     }
 }
 

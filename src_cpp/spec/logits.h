@@ -18,9 +18,20 @@ float max_logit(const float * logits, int32_t n_vocab);
 // The token with the largest logit, ties by lowest id; throws on a row that is not usable.
 int32_t argmax(const float * logits, int32_t n_vocab);
 
-// See pf_top_k; throws on a row that is not usable. A masked token among the k gets -inf, any other a finite number.
+// Log-softmax over a whole row: of_logit(logits[i]) is the log-probability of token i. -inf for a masked token, a finite
+// number for any other.
+struct LogSoftmax {
+    LogSoftmax(const float * logits, int32_t n_vocab); // throws on a row that is not usable
+    float of_logit(float logit) const;
+
+    double max;
+    double log_sum; // log of the sum of exp(logit - max)
+};
+
+// See pf_top_k; throws on a row that is not usable.
 // Allocates nothing for k up to 64.
 void top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp);
+void top_k(const float * logits, int32_t n_vocab, const LogSoftmax & row, int32_t k, int32_t * ids, float * logp);
 
 // weights[i] = exp((logits[i] - max) / temperature), and 0 below 2^-126; logits <= max. Relative error under 2e-7 plus
 // the rounding of the argument.
