@@ -81,6 +81,18 @@ class DeviceError(PydflashError):
     """A device that is not there, or cannot be used; the sentence says why."""
 
 
+class DocumentError(PydflashError):
+    """A document that cannot be read.
+
+    reason: one of "missing", "unreadable", "empty", "binary", "encoding", "large", "encrypted", "scanned", "damaged"
+    and "package" (one is not installed).
+    """
+
+    def __init__(self, message: str, *, reason: str, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(message, path=path)
+        self.reason = reason
+
+
 class StateError(PydflashError, RuntimeError):
     """A call that makes no sense now: the session is closed, or another call has taken its timeline."""
 
