@@ -213,6 +213,74 @@ int pf_session_logprobs(const pf_session * session, float * logp, int32_t * top_
     });
 }
 
+int pf_session_get_tokens(const pf_session * session, int64_t first, int64_t n, int32_t * out) {
+    return pf::guard([&] {
+        pf::require(session && (out || n == 0), "pf_session_get_tokens: session and out must not be null");
+        session->session.get_tokens(first, n, out);
+    });
+}
+
+int64_t pf_session_n_committed(const pf_session * session) {
+    return session ? session->session.n_committed() : 0;
+}
+
+uint64_t pf_session_state_bytes(const pf_session * session) {
+    uint64_t bytes = 0;
+    pf::guard([&] { bytes = session ? session->session.state_bytes() : 0; });
+    return bytes;
+}
+
+int pf_session_get_state(pf_session * session, void * out, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && out, "pf_session_get_state: session and out must not be null");
+        session->session.get_state(out, size);
+    });
+}
+
+int pf_session_rewind(pf_session * session, int64_t n, const void * state, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_rewind: session must not be null");
+        session->session.rewind(n, state, size);
+    });
+}
+
+int32_t pf_session_n_kv(const pf_session * session) {
+    return session ? session->session.n_kv() : 0;
+}
+
+uint64_t pf_session_kv_row_bytes(const pf_session * session, int32_t tensor) {
+    return session ? session->session.kv_row_bytes(tensor) : 0;
+}
+
+int pf_session_get_kv(pf_session * session, int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && (out || size == 0), "pf_session_get_kv: session and out must not be null");
+        session->session.get_kv(tensor, first, n, out, size);
+    });
+}
+
+int pf_session_set_kv(pf_session * session, int32_t tensor, int64_t first, int64_t n, const void * rows,
+                      uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && (rows || size == 0), "pf_session_set_kv: session and rows must not be null");
+        session->session.set_kv(tensor, first, n, rows, size);
+    });
+}
+
+int pf_session_restore(pf_session * session, const int32_t * ids, int64_t n, const void * state, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && (ids || n == 0), "pf_session_restore: session and ids must not be null");
+        session->session.restore(ids, n, state, size);
+    });
+}
+
+int pf_session_copy(pf_session * to, pf_session * from) {
+    return pf::guard([&] {
+        pf::require(to && from, "pf_session_copy: both sessions must not be null");
+        to->session.copy(from->session);
+    });
+}
+
 int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out) {
     return pf::guard([&] {
         pf::require(session && ids && out, "pf_session_logits: session, ids and out must not be null");

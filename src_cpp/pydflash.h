@@ -2,8 +2,8 @@
  *
  * A model (pf_model: target, pf_draft: drafter) is immutable memory-mapped weights; any number of sessions may share
  * one, and each keeps what it needs of it alive. A session (pf_session) is one timeline of tokens: KV cache, recurrent state, drafter
- * cache, sampler settings. Between calls a session stands at n committed tokens plus one pending token, which has been
- * chosen but not yet evaluated.
+ * cache, sampler settings. Between calls a session stands at n committed tokens plus at most one pending token, which has
+ * been chosen but not yet evaluated.
  *
  * Threads: different sessions may be used from different threads at once; one session from one thread at a time.
  *
@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define PF_ABI_VERSION 2
+#define PF_ABI_VERSION 3
 #define PF_MAX_NODES 64 /* tree nodes a verify pass can hold, the root included */
 
 enum {
@@ -194,7 +194,7 @@ typedef struct pf_step_result {
     double draft_ms, build_ms, verify_ms, accept_ms;
 } pf_step_result;
 
-/* What a session has moved and built since it was opened. */
+/* What passes have moved and built since the session was opened. */
 typedef struct pf_counters {
     uint32_t size;
     uint64_t n_set; /* copies from the host to where the session computes */
@@ -253,8 +253,9 @@ PF_API int pf_session_n_ctx(const pf_session * session);
 PF_API int64_t pf_session_n_tokens(const pf_session * session); /* committed plus pending */
 PF_API int pf_session_counters(const pf_session * session, pf_counters * out);
 
-/* Extends the timeline. Everything but the last token is evaluated in chunks of n_batch; the last one becomes pending.
- * Give few tokens a call to show progress or to be interruptible in between. */
+/* Extends the timeline. Everything but the last token is evaluated, in chunks that end at multiples of n_batch; the last
+ * one becomes pending. Give few tokens a call to show progress or to be interruptible in between: up to a multiple of
+ * n_batch and one more, and all is computed as in one call. */
 PF_API int pf_session_append(pf_session * session, const int32_t * ids, uint64_t n);
 
 /* Settings for the steps that follow. */
@@ -269,6 +270,34 @@ PF_API int pf_session_commit(pf_session * session, int32_t n_keep, double * comm
  * model's own log-softmax over the whole vocabulary: bias, penalties, temperature, filters and masks are not in it.
  * PF_ERR_STATE when that step was not asked for them. */
 PF_API int pf_session_logprobs(const pf_session * session, float * logp, int32_t * top_ids, float * top_logp);
+
+/* Going back, keeping and moving. A step must have been committed before any of these, else PF_ERR_STATE. What they refuse
+ * they refuse before anything is touched.
+ *
+ * A timeline is token ids, KV rows and a state. KV rows stay where they are; the state (recurrent and convolution state,
+ * the drafter's context ring) changes with every token and is lost unless it is kept. */
+
+/* Tokens [first, first + n) of the timeline; the pending one comes last. */
+PF_API int pf_session_get_tokens(const pf_session * session, int64_t first, int64_t n, int32_t * out);
+PF_API int64_t pf_session_n_committed(const pf_session * session); /* n_tokens, or one less when a token is pending */
+/* The state of the committed tokens: size is state_bytes, which depends on their number. Host byte order. */
+PF_API uint64_t pf_session_state_bytes(const pf_session * session);
+PF_API int pf_session_get_state(pf_session * session, void * out, uint64_t size);
+/* Back to the first n committed tokens, with the state that get_state gave when the session stood there; nothing is
+ * pending then. PF_ERR_ARGUMENT for a state that is not that of these tokens. For n = 0 no state is needed. */
+PF_API int pf_session_rewind(pf_session * session, int64_t n, const void * state, uint64_t size);
+/* KV rows of the committed tokens, a tensor at a time: size is n * kv_row_bytes (0 where there is no such tensor). */
+PF_API int32_t pf_session_n_kv(const pf_session * session);
+PF_API uint64_t pf_session_kv_row_bytes(const pf_session * session, int32_t tensor);
+PF_API int pf_session_get_kv(pf_session * session, int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size);
+/* A timeline from elsewhere, into a session that is empty (PF_ERR_STATE when it is not): the rows of each tensor, then ids
+ * and state. Nothing is pending then. */
+PF_API int pf_session_set_kv(pf_session * session, int32_t tensor, int64_t first, int64_t n, const void * rows,
+                             uint64_t size);
+PF_API int pf_session_restore(pf_session * session, const int32_t * ids, int64_t n, const void * state, uint64_t size);
+/* The timeline and settings of another session take the place of one's own, from device to device. PF_ERR_MISMATCH unless
+ * both have the same models, KV types, n_ring and n_batch; PF_ERR_CONTEXT when n_ctx is too small. */
+PF_API int pf_session_copy(pf_session * to, pf_session * from);
 
 /* For anyone who wants to check us. Each replaces the timeline and leaves it empty. n is at most n_ctx. */
 PF_API int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out /* [n, n_vocab] */);

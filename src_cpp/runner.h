@@ -37,6 +37,7 @@ class Runner {
     void reserve_tree(int32_t n_nodes);              // room for trees of so many nodes
     void drop_graphs() { compute_.drop_graphs(); }
     std::vector<Plan::Row> memory() const; // what is allocated
+    const Caches & caches() const { return caches_; }
     const pf_counters & counters() const { return compute_.counters; }
 
     // Evaluates nodes behind n committed tokens. With options.commit the real nodes are a chain and become committed.

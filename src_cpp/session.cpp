@@ -6,6 +6,7 @@
 #include <string>
 
 #include "error.h"
+#include "snapshot.h"
 
 namespace pf {
 
@@ -40,6 +41,7 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
         top_ids_.resize((size_t) (drafter_->block_size * PF_MAX_NODES));
         top_logp_.resize(top_ids_.size());
     }
+    tokens_.reserve((size_t) n_ctx_);
     choice_.resize(2 * PF_MAX_NODES);
     for (auto * v : {&nodes_.token, &nodes_.parent, &nodes_.depth}) {
         v->resize((size_t) runner_.max_nodes());
@@ -53,7 +55,7 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
 
 void Session::reset() {
     n_ = 0;
-    pending_ = -1;
+    tokens_.clear();
     uncommitted_ = false;
     chooser_.counts.clear();
     runner_.clear();
@@ -123,23 +125,25 @@ void Session::configure(const pf_generate_params & params) {
 
 // ---- prefill -----------------------------------------------------------------------------------------------------
 
-// Evaluates and commits ids in chunks; read(outputs, first, count) sees what each chunk's pass gave.
+// Evaluates the timeline's tokens in chunks until n of them are committed; read(outputs, first, count) sees what each
+// chunk's pass gave. Chunks end at multiples of n_batch: a prompt given in pieces is computed as in one piece, as far as
+// the pieces allow.
 template <class Read>
-void Session::evaluate(const int32_t * ids, uint64_t n, PassOptions options, Read && read) {
+void Session::evaluate(int64_t n, PassOptions options, Read && read) {
     options.commit = true; // a prompt is a chain whose end is known
-    for (uint64_t first = 0; first < n;) {
-        const int32_t count = (int32_t) std::min<uint64_t>((uint64_t) n_batch_, n - first);
+    while (n_ < n) {
+        const int32_t count = (int32_t) std::min<int64_t>(n_batch_ - n_ % n_batch_, n - n_);
+        const int32_t * ids = tokens_.data() + n_;
         nodes_.n_real = count;
         nodes_.n = node_bucket(count);
         for (int32_t i = 0; i < nodes_.n; ++i) {
-            i < count ? nodes_.set(i, ids[first + (uint64_t) i], i - 1, i) : nodes_.set(i, ids[first], -1, 0);
+            i < count ? nodes_.set(i, ids[i], i - 1, i) : nodes_.set(i, ids[0], -1, 0);
         }
-        read(runner_.pass(nodes_, n_, options), first, (size_t) count);
+        read(runner_.pass(nodes_, n_, options), (size_t) n_, (size_t) count);
         if (options.taps) {
             runner_.append_context(nullptr, count, n_);
         }
         n_ += count;
-        first += (uint64_t) count;
     }
 }
 
@@ -151,16 +155,10 @@ void Session::append(const int32_t * ids, uint64_t n) {
         return;
     }
     reset_on_error([&] {
-        // The old pending token goes first, the last new one becomes pending.
-        std::vector<int32_t> behind;
-        if (pending_ >= 0) {
-            behind.push_back(pending_);
-        }
-        behind.insert(behind.end(), ids, ids + n - 1);
+        tokens_.insert(tokens_.end(), ids, ids + n);
         PassOptions options;
         options.taps = taps();
-        evaluate(behind.data(), behind.size(), options, [](const PassOutputs &, uint64_t, size_t) {});
-        pending_ = ids[n - 1];
+        evaluate(n_tokens() - 1, options, [](const PassOutputs &, size_t, size_t) {}); // the last becomes pending
         chooser_.counts.append(ids, n);
     });
 }
@@ -169,8 +167,8 @@ void Session::append(const int32_t * ids, uint64_t n) {
 
 void Session::step(int32_t max_tokens, pf_step_result & out) {
     require_settled("step");
-    if (pending_ < 0) {
-        throw Error(PF_ERR_STATE, "step: the timeline is empty; append a prompt first");
+    if (n_tokens() == n_) {
+        throw Error(PF_ERR_STATE, "step: nothing is pending; append at least one token first");
     }
     if (max_tokens < 1) {
         throw Error(PF_ERR_ARGUMENT, "step: max_tokens must be at least 1");
@@ -188,7 +186,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         const int32_t n_depth = std::min(block_depth, room - 1);
         const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
         if (n_depth > 0) {
-            runner_.draft(pending_, n_, block_depth, n_rank, top_ids_.data(), top_logp_.data());
+            runner_.draft(pending(), n_, block_depth, n_rank, top_ids_.data(), top_logp_.data());
             for (int32_t d = 0; d < n_depth; ++d) {
                 if (top_ids_[(size_t) (d * n_rank)] < 0) {
                     throw_unusable("the drafter");
@@ -199,7 +197,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
 
         // 2. Build the tree.
         build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0,
-                   shape_, nullptr, pending_, nullptr, {}, tree_);
+                   shape_, nullptr, pending(), nullptr, {}, tree_);
         out.build_ms = timer.lap_ms();
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.
@@ -207,7 +205,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         nodes_.n = tree_.n_nodes == 1 ? 1 : budget_ + 1;
         for (int32_t i = 0; i < nodes_.n; ++i) {
             i < tree_.n_nodes ? nodes_.set(i, tree_.token[i], tree_.parent[i], tree_.depth[i])
-                              : nodes_.set(i, pending_, -1, 0);
+                              : nodes_.set(i, pending(), -1, 0);
         }
         PassOptions options;
         const bool reads_logits = chooser_.reads_logits();
@@ -266,9 +264,148 @@ void Session::commit(int32_t n_keep) {
             runner_.append_context(accepted_.path, n_keep, n_);
         }
         n_ += n_keep;
-        pending_ = accepted_.tokens[n_keep - 1];
+        tokens_.insert(tokens_.end(), accepted_.tokens, accepted_.tokens + n_keep);
         std::for_each(accepted_.tokens, accepted_.tokens + n_keep, [&](int32_t id) { chooser_.counts.say(id); });
         uncommitted_ = false;
+    });
+}
+
+// ---- going back, keeping, moving ---------------------------------------------------------------------------------
+
+void Session::get_tokens(int64_t first, int64_t n, int32_t * out) const {
+    if (first < 0 || n < 0 || first > n_tokens() || n > n_tokens() - first) {
+        throw Error(PF_ERR_ARGUMENT, "get_tokens: " + std::to_string(n) + " tokens from " + std::to_string(first) +
+                                         " on, but the session holds " + std::to_string(n_tokens()));
+    }
+    std::copy_n(tokens_.begin() + first, n, out);
+}
+
+void Session::require_empty(const char * what) const {
+    require_settled(what);
+    if (n_tokens() > 0) {
+        throw Error(PF_ERR_STATE, std::string(what) + ": the session holds " + std::to_string(n_tokens()) +
+                                      " tokens; reset it first");
+    }
+}
+
+void Session::check_state(const char * what, const int32_t * ids, int64_t n, const void * state, uint64_t size) const {
+    const uint64_t wanted = pf::state_bytes(runner_.caches(), n);
+    if (!state || size != wanted) {
+        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": the state has " + std::to_string(state ? size : 0) +
+                                         " bytes, but that of " + std::to_string(n) + " committed tokens has " +
+                                         std::to_string(wanted) + " here");
+    }
+    if (!is_state_of(state, ids, n)) {
+        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": the state is not that of these " + std::to_string(n) +
+                                         " tokens; give what get_state gave when the session stood at them");
+    }
+}
+
+uint64_t Session::state_bytes() const {
+    return pf::state_bytes(runner_.caches(), n_);
+}
+
+void Session::get_state(void * out, uint64_t size) const {
+    require_settled("get_state");
+    if (size != state_bytes()) {
+        throw Error(PF_ERR_ARGUMENT, "get_state: there is room for " + std::to_string(size) +
+                                         " bytes, but the state has " + std::to_string(state_bytes()));
+    }
+    pf::get_state(runner_.caches(), tokens_.data(), n_, out);
+}
+
+void Session::rewind(int64_t n, const void * state, uint64_t size) {
+    require_settled("rewind");
+    if (n < 0 || n > n_) {
+        throw Error(PF_ERR_ARGUMENT, "rewind: to " + std::to_string(n) + " tokens, but the session has 0 to " +
+                                         std::to_string(n_) + " committed ones to go back to");
+    }
+    if (n == 0) {
+        return reset();
+    }
+    check_state("rewind", tokens_.data(), n, state, size);
+    set_state(runner_.caches(), n, state);
+    n_ = n;
+    tokens_.resize((size_t) n);
+    chooser_.counts.rebuild(tokens_.data(), (uint64_t) n);
+}
+
+int32_t Session::n_kv() const {
+    return n_kv_tensors(runner_.caches());
+}
+
+uint64_t Session::kv_row_bytes(int32_t tensor) const {
+    return tensor < 0 || tensor >= n_kv() ? 0 : kv_tensor(runner_.caches(), tensor)->nb[1];
+}
+
+void Session::check_kv(const char * what, int32_t tensor, int64_t first, int64_t n, int64_t n_rows,
+                       uint64_t size) const {
+    if (tensor < 0 || tensor >= n_kv()) {
+        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": there is no cache tensor " + std::to_string(tensor) +
+                                         "; there are " + std::to_string(n_kv()));
+    }
+    if (first < 0 || n < 0 || first > n_rows || n > n_rows - first) {
+        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": " + std::to_string(n) + " rows from " +
+                                         std::to_string(first) + " on, but there are " + std::to_string(n_rows));
+    }
+    if (size != (uint64_t) n * kv_row_bytes(tensor)) {
+        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": " + std::to_string(size) + " bytes, but " +
+                                         std::to_string(n) + " rows of tensor " + std::to_string(tensor) + " have " +
+                                         std::to_string((uint64_t) n * kv_row_bytes(tensor)));
+    }
+}
+
+void Session::get_kv(int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size) const {
+    require_settled("get_kv");
+    check_kv("get_kv", tensor, first, n, n_, size);
+    ggml_backend_tensor_get(kv_tensor(runner_.caches(), tensor), out, (size_t) first * kv_row_bytes(tensor), size);
+}
+
+void Session::set_kv(int32_t tensor, int64_t first, int64_t n, const void * rows, uint64_t size) {
+    require_empty("set_kv");
+    check_kv("set_kv", tensor, first, n, n_ctx_, size);
+    ggml_backend_tensor_set(kv_tensor(runner_.caches(), tensor), rows, (size_t) first * kv_row_bytes(tensor), size);
+}
+
+void Session::restore(const int32_t * ids, int64_t n, const void * state, uint64_t size) {
+    require_empty("restore");
+    require(n >= 0, "restore: the number of tokens is negative");
+    check_ids(ids, (uint64_t) n);
+    check_room((uint64_t) n);
+    check_state("restore", ids, n, state, size);
+    set_state(runner_.caches(), n, state);
+    tokens_.assign(ids, ids + n);
+    n_ = n;
+    chooser_.counts.rebuild(ids, (uint64_t) n);
+}
+
+void Session::copy(const Session & from) {
+    require_settled("copy");
+    from.require_settled("copy");
+    if (this == &from) {
+        return;
+    }
+    const pf_session_params &a = plan_.params, &b = from.plan_.params;
+    if (target_ != from.target_ || drafter_ != from.drafter_) {
+        throw Error(PF_ERR_MISMATCH, "copy: the two sessions were opened on different models");
+    }
+    if (a.type_k != b.type_k || a.type_v != b.type_v || a.n_ring != b.n_ring || a.n_batch != b.n_batch) {
+        throw Error(PF_ERR_MISMATCH, "copy: the two sessions have different KV types, n_ring or n_batch");
+    }
+    if (from.n_tokens() > n_ctx_) {
+        throw Error(PF_ERR_CONTEXT, "copy: the other session holds " + std::to_string(from.n_tokens()) +
+                                        " tokens, which do not fit into n_ctx " + std::to_string(n_ctx_));
+    }
+    runner_.reserve_tree(from.budget_ + 1);
+    reset_on_error([&] {
+        budget_ = from.budget_;
+        shape_ = from.shape_;
+        stop_ids_ = from.stop_ids_;
+        logits_.resize(from.logits_.size());
+        chooser_ = from.chooser_;
+        copy_timeline(from.runner_.caches(), runner_.caches(), from.n_);
+        tokens_ = from.tokens_;
+        n_ = from.n_;
     });
 }
 
@@ -282,7 +419,8 @@ void Session::logits(const int32_t * ids, uint64_t n, float * out) {
     options.head = PassHead::logits;
     const size_t row = (size_t) target_->n_vocab;
     reset_on_error([&] {
-        evaluate(ids, n, options, [&](const PassOutputs & pass, uint64_t first, size_t count) {
+        tokens_.assign(ids, ids + n);
+        evaluate(n_tokens(), options, [&](const PassOutputs & pass, size_t first, size_t count) {
             runner_.read(pass.logits, 0, (int64_t) count, out + first * row);
         });
     });
@@ -309,7 +447,8 @@ void Session::hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t>
     const size_t width = (size_t) target_->n_embd;
     runner_.drop_graphs(); // the layers asked for are not part of a graph's key
     reset_on_error([&] {
-        evaluate(ids, n, options, [&](const PassOutputs & pass, uint64_t first, size_t count) {
+        tokens_.assign(ids, ids + n);
+        evaluate(n_tokens(), options, [&](const PassOutputs & pass, size_t first, size_t count) {
             for (size_t l = 0; l < layers.size(); ++l) {
                 for (size_t i = 0; i < count; ++i) {
                     runner_.read(pass.hidden[l], (int64_t) i, 1, out + ((first + i) * layers.size() + l) * width);
@@ -331,7 +470,7 @@ void Session::draft_logits(const int32_t * ids, uint64_t n, float * out) {
     check_ids(ids, n);
     reset();
     append(ids, n);
-    reset_on_error([&] { runner_.draft_logits(pending_, n_, drafter_->block_size - 1, out); });
+    reset_on_error([&] { runner_.draft_logits(pending(), n_, drafter_->block_size - 1, out); });
     reset();
 }
 

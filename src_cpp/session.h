@@ -1,9 +1,9 @@
 // One timeline of tokens, and the only place that knows the order of things: prefill, and the decode step
 // draft -> tree -> verify -> accept -> commit.
 //
-// Between calls the session stands at n committed tokens (KV rows, recurrent state, drafter ring) and one pending token:
-// chosen, not yet evaluated, the root of the next tree. Plain decoding is a tree of one node, a chain a tree without
-// branches. After an error in the middle of a pass the session is reset.
+// Between calls the session stands at n committed tokens (KV rows, recurrent state, drafter ring) and at most one pending
+// token: chosen, not yet evaluated, the root of the next tree. Plain decoding is a tree of one node, a chain a tree
+// without branches. After an error in the middle of a pass the session is reset.
 #pragma once
 
 #include <memory>
@@ -25,7 +25,9 @@ class Session {
     const Plan & plan() const { return plan_; }
     std::vector<Plan::Row> memory() const { return runner_.memory(); } // allocated, of the plan's rows
     int32_t n_ctx() const { return (int32_t) n_ctx_; }
-    int64_t n_tokens() const { return n_ + (pending_ >= 0 ? 1 : 0); }
+    int64_t n_tokens() const { return (int64_t) tokens_.size(); } // n_committed, or one more
+    int64_t n_committed() const { return n_; }
+    void get_tokens(int64_t first, int64_t n, int32_t * out) const;
     const pf_counters & counters() const { return runner_.counters(); }
 
     void reset();
@@ -38,16 +40,31 @@ class Session {
         chooser_.logprobs(logp, top_ids, top_logp);
     }
 
+    // Going back, keeping and moving a timeline; what is what is in snapshot.h.
+    uint64_t state_bytes() const; // of n_committed tokens
+    void get_state(void * out, uint64_t size) const;
+    void rewind(int64_t n, const void * state, uint64_t size);
+    int32_t n_kv() const;
+    uint64_t kv_row_bytes(int32_t tensor) const;
+    void get_kv(int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size) const;
+    void set_kv(int32_t tensor, int64_t first, int64_t n, const void * rows, uint64_t size);
+    void restore(const int32_t * ids, int64_t n, const void * state, uint64_t size);
+    void copy(const Session & from);
+
     void logits(const int32_t * ids, uint64_t n, float * out);
     void hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t> & layers, float * out);
     void draft_logits(const int32_t * ids, uint64_t n, float * out);
 
   private:
     template <class Read>
-    void evaluate(const int32_t * ids, uint64_t n, PassOptions options, Read && read);
+    void evaluate(int64_t n, PassOptions options, Read && read);
     void check_ids(const int32_t * ids, uint64_t n) const;
     void check_room(uint64_t n) const;
     void require_settled(const char * what) const;
+    void require_empty(const char * what) const;
+    void check_kv(const char * what, int32_t tensor, int64_t first, int64_t n, int64_t n_rows, uint64_t size) const;
+    void check_state(const char * what, const int32_t * ids, int64_t n, const void * state, uint64_t size) const;
+    int32_t pending() const { return tokens_.back(); } // where there is one
     template <class Body>
     void reset_on_error(Body && body);
     const std::vector<int32_t> * taps() const { return drafter_ ? &drafter_->taps : nullptr; }
@@ -60,8 +77,8 @@ class Session {
     Runner runner_;
     Chooser chooser_;
 
-    int64_t n_ = 0;        // committed tokens
-    int32_t pending_ = -1; // chosen, not yet evaluated; -1: the timeline is empty
+    std::vector<int32_t> tokens_; // the timeline: the committed tokens, then the pending one if there is one
+    int64_t n_ = 0;               // committed tokens
     int32_t budget_ = 0;
     int32_t shape_ = PF_SHAPE_TREE;
     std::vector<int32_t> stop_ids_;

@@ -10,9 +10,9 @@ namespace pf {
 void Chooser::configure(const pf_generate_params & params) {
     require(params.n_logprobs >= -1 && params.n_logprobs <= std::min(PF_MAX_LOGPROBS, n_vocab_),
             "n_logprobs must be -1 (off) to 20, and no more than there are tokens");
-    auto sampler = std::make_unique<Sampler>(n_vocab_, params);
-    auto penalties = std::make_unique<Penalties>(n_vocab_, params);
-    row_.resize(penalties->any() ? static_cast<size_t>(n_vocab_) : 0);
+    Sampler sampler(n_vocab_, params);
+    Penalties penalties(n_vocab_, params);
+    row_.resize(penalties.any() ? static_cast<size_t>(n_vocab_) : 0);
     path_.reserve(PF_MAX_NODES);
     sampler_ = std::move(sampler);
     penalties_ = std::move(penalties);

@@ -3,7 +3,7 @@
 #pragma once
 
 #include <cstdint>
-#include <memory>
+#include <optional>
 #include <vector>
 
 #include "penalties.h"
@@ -42,8 +42,8 @@ class Chooser {
     void report(const float * logits, int32_t token);
 
     int32_t n_vocab_;
-    std::unique_ptr<Sampler> sampler_;
-    std::unique_ptr<Penalties> penalties_;
+    std::optional<Sampler> sampler_; // both there once configured
+    std::optional<Penalties> penalties_;
     std::vector<float> row_;    // [n_vocab] where penalties are on
     std::vector<int32_t> path_; // chosen in this step
 
