@@ -1,5 +1,7 @@
 #include "tensor_block.h"
 
+#include <sys/mman.h>
+
 #include <string>
 
 #include "error.h"
@@ -16,18 +18,37 @@ TensorBlock::TensorBlock(size_t n_tensors)
 
 TensorBlock::~TensorBlock() {
     ggml_backend_buffer_free(buffer_);
+    if (pages_) {
+        munmap(pages_, n_bytes_);
+    }
     ggml_free(ctx_);
 }
 
 TensorBlock & TensorBlock::operator=(TensorBlock && other) noexcept {
     std::swap(ctx_, other.ctx_);
     std::swap(buffer_, other.buffer_);
+    std::swap(pages_, other.pages_);
     std::swap(n_bytes_, other.n_bytes_);
     return *this;
 }
 
 ggml_tensor * TensorBlock::add(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2) {
     return ggml_new_tensor_3d(ctx_, type, ne0, ne1, ne2);
+}
+
+// Fresh pages of the host are zero, and taken only when they are written: a long context costs nothing to open.
+bool TensorBlock::allocate_pages() {
+    void * pages = mmap(nullptr, n_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (pages == MAP_FAILED) {
+        return false;
+    }
+    pages_ = pages;
+    buffer_ = ggml_backend_cpu_buffer_from_ptr(pages_, n_bytes_);
+    ggml_tallocr place = ggml_tallocr_new(buffer_);
+    for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
+        ggml_tallocr_alloc(&place, t);
+    }
+    return true;
 }
 
 void TensorBlock::allocate(const Memory & memory, const char * what) {
@@ -39,15 +60,20 @@ void TensorBlock::allocate(const Memory & memory, const char * what) {
         }
         return;
     }
-    buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(ctx_, memory.type);
-    if (!buffer_) {
+    // Masked rows are multiplied by a weight of zero: they must hold numbers.
+    bool allocated = false;
+    if (memory.type == ggml_backend_cpu_buffer_type()) {
+        allocated = allocate_pages();
+    } else if ((buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(ctx_, memory.type))) {
+        ggml_backend_buffer_clear(buffer_, 0);
+        allocated = true;
+    }
+    if (!allocated) {
         throw Error(PF_ERR_MEMORY,
                     std::string(what) + " need " + std::to_string(n_bytes_ >> 20) +
                         " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "
                         "or a smaller kv_type");
     }
-    // Masked rows are multiplied by a weight of zero: they must hold numbers.
-    ggml_backend_buffer_clear(buffer_, 0);
 }
 
 } // namespace pf

@@ -36,8 +36,11 @@ class TensorBlock {
     uint64_t n_bytes() const { return n_bytes_; } // allocated or planned
 
   private:
+    bool allocate_pages();
+
     ggml_context * ctx_ = nullptr;
     ggml_backend_buffer_t buffer_ = nullptr;
+    void * pages_ = nullptr; // of the host, which the buffer lies in; null: it brought its own memory
     uint64_t n_bytes_ = 0;
 };
 
