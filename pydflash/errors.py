@@ -93,6 +93,18 @@ class DocumentError(PydflashError):
         self.reason = reason
 
 
+class HubError(PydflashError):
+    """A model that cannot be fetched.
+
+    reason: one of "name" (not one that could be), "missing", "ambiguous", "sharded", "gated", "unauthorized",
+    "offline", "network", "busy" (another process fetches it), "space", "disk" and "damaged".
+    """
+
+    def __init__(self, message: str, *, reason: str, path: str | os.PathLike[str] | None = None) -> None:
+        super().__init__(message, path=path)
+        self.reason = reason
+
+
 class StateError(PydflashError, RuntimeError):
     """A call that makes no sense now: the session is closed, or another call has taken its timeline."""
 
