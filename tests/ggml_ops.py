@@ -64,6 +64,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_reg_dev_count": (Size, [Pointer]),
     "ggml_backend_reg_dev_get": (Pointer, [Pointer, Size]),
     "ggml_backend_reg_get_proc_address": (Pointer, [Pointer, ctypes.c_char_p]),
+    "ggml_flash_attn_ext": (Pointer, [*[Pointer] * 5, *[ctypes.c_float] * 3]),
     "ggml_gated_delta_net": (Pointer, [*[Pointer] * 7, Int64]),
     "ggml_ssm_conv_tree": (Pointer, [Pointer] * 5),
     "ggml_gated_delta_net_tree": (Pointer, [Pointer] * 8),
@@ -143,10 +144,13 @@ class Graph:
 
     def tensor(self, array: np.ndarray) -> int:
         """An input holding `array` (float32, float16 or int32)."""
-        array = np.ascontiguousarray(array)
-        ne = (Int64 * array.ndim)(*reversed(array.shape))
-        tensor = self._ggml.call("ggml_new_tensor", self._context, GGML_TYPES[array.dtype], array.ndim, ne)
-        self._inputs.append((tensor, array))
+        return self.packed(GGML_TYPES[array.dtype], array, *array.shape)
+
+    def packed(self, ggml_type: int, raw: np.ndarray, *shape: int) -> int:
+        """An input of any type and of `shape` values, given as its bytes."""
+        ne = (Int64 * len(shape))(*reversed(shape))
+        tensor = self._ggml.call("ggml_new_tensor", self._context, ggml_type, len(shape), ne)
+        self._inputs.append((tensor, np.ascontiguousarray(raw)))
         return int(tensor)
 
     def view(self, source: int, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> int:

@@ -1,0 +1,56 @@
+"""Attention of many queries on the CPU, over caches of every pair of types, against float64 from the definition.
+
+K and V are what the cache holds, unpacked; nothing else may be rounded, the queries neither. That also shows that such
+passes go the way on which K and V are unpacked once for many queries: the other rounds the queries as K is.
+"""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+
+from tests.ggml_ops import Ggml
+
+D, N_HEAD, N_HEAD_KV = 64, 4, 2
+TYPES = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0]
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_open: np.ndarray) -> np.ndarray:
+    """q [head, N, D], k and v [head_kv, n_kv, D], is_open [N, n_kv] -> [N, head, D], in float64."""
+    k, v = (x.astype(float).repeat(N_HEAD // N_HEAD_KV, 0) for x in (k, v))
+    scores = np.where(is_open, q.astype(float) @ k.swapaxes(1, 2) / np.sqrt(D), -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    out: np.ndarray = (weights / weights.sum(-1, keepdims=True) @ v).swapaxes(0, 1)
+    return out
+
+
+@pytest.mark.parametrize("v_type", TYPES, ids=lambda t: t.name)
+@pytest.mark.parametrize("k_type", TYPES, ids=lambda t: t.name)
+def test_many_queries_round_nothing_but_the_cache(ggml: Ggml, k_type: Type, v_type: Type) -> None:
+    n, n_kv = 130, 300  # two tiles of queries and some; four of the cache and some
+    rng = np.random.default_rng(k_type * 100 + v_type)
+    q = rng.standard_normal((N_HEAD, n, D), np.float32)
+    is_open = rng.random((n, n_kv)) < 0.5
+    is_open[:, 0] = True
+    mask = np.where(is_open, 0, -np.inf).astype(np.float16)
+    held, caches = [], []
+    with ggml.graph() as graph:
+        for kind in (k_type, v_type):
+            # As sessions keep it: a row holds every head of a token.
+            rows = gguf.quants.quantize(rng.standard_normal((n_kv, N_HEAD_KV * D), np.float32), kind)
+            cache = graph.packed(kind, rows, n_kv, N_HEAD_KV * D)
+            shape = (1, N_HEAD_KV, n_kv, D)
+            caches.append(graph.view(cache, shape, (rows.nbytes, rows[0].nbytes // N_HEAD_KV, rows[0].nbytes), 0))
+            held.append(gguf.quants.dequantize(rows, kind).reshape(n_kv, N_HEAD_KV, D).swapaxes(0, 1))
+        out = graph.op("ggml_flash_attn_ext", graph.tensor(q), *caches, graph.tensor(mask), D**-0.5, 0.0, 0.0)
+        graph.compute(out, n_threads=2)
+        found = graph.read(out, n, N_HEAD, D)
+    expected = attention(q, held[0], held[1], is_open)
+    assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
