@@ -304,6 +304,8 @@ def run(part: str, a: argparse.Namespace, rows: Path) -> int:
             for row in PARTS[part](a):
                 file.write(json.dumps(row) + "\n")
                 file.flush()
+        except KeyboardInterrupt:
+            return 130
         except Exception as error:
             say(f"\n{type(error).__name__}: {error}")
             return 1

@@ -6,7 +6,8 @@
 
 Writes gpu_report.md, a section to paste into RESULTS.md, and gpu_report.csv into --out. Needs the repository and what
 `pip install '.[test]'` brings. Each part is a process of its own: one that fails is a sentence in the report, the
-others still run, and the exit code is then 1.
+others still run, and the exit code is then 1. Ctrl-C ends it with a report of what was measured until then and exit
+code 130. On a CPU the last depths take most of the time: --n-ctx 34000 leaves out those beyond 32K.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -50,6 +53,7 @@ class Report:
     arguments: list[str]
     rows: dict[str, list[Row]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
+    interrupted: bool = False
     card: str = ""  # what nvidia-smi says of it
     bandwidth: float | None = None  # GB/s
 
@@ -73,15 +77,33 @@ def run_part(report: Report, part: str) -> None:
         file = Path(folder) / "rows"
         command = [sys.executable, str(Path(__file__).resolve()), *report.arguments, "--kind", report.a.kind]
         quiet = {**os.environ, "GGML_NO_BACKTRACE": "1"}  # else ggml starts a debugger on what it aborts
-        with subprocess.Popen([*command, "--part", part, str(file)], env=quiet, stderr=subprocess.PIPE) as process:
+        command += ["--part", part, str(file)]
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the part and what that has started.
+        with subprocess.Popen(command, env=quiet, stderr=subprocess.PIPE, start_new_session=True) as process:
             assert process.stderr is not None
-            said = pass_on(process.stderr)
+            try:
+                said = pass_on(process.stderr)
+            except KeyboardInterrupt:
+                report.interrupted = True
+                end(process)
         report.rows[part] = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    if process.returncode:
+    if report.interrupted:
+        report.failures.append(f"Interrupted in the part '{part}': what follows was measured until then.")
+    elif process.returncode:
         last = said[-1] if said else "it said nothing"
         if process.returncode < 0:
             last = f"it was ended by {signal.Signals(-process.returncode).name} ({last})"
         report.failures.append(f"The part '{part}' failed: {last.rstrip('.')}.")
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Interrupts a part, and kills it where that does not end it within ten seconds."""
+    for number in (signal.SIGINT, signal.SIGKILL):
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+            return
 
 
 def pass_on(stream: IO[bytes]) -> list[str]:
@@ -178,6 +200,8 @@ def show_ops(report: Report, rows: list[Row]) -> str:
 
 def show_prompts(report: Report, rows: list[Row]) -> str:
     ways = list(dict.fromkeys(row["way"] for row in rows))
+    counts = Counter(row["prompt"] for row in rows)
+    rows = [row for row in rows if counts[row["prompt"]] == len(ways)]  # not the prompt at which the part ended early
     body = []
     for category in [*dict.fromkeys(row["category"] for row in rows), "all"]:
         chosen = [row for row in rows if category in (row["category"], "all")]
@@ -254,7 +278,9 @@ SHOWN: dict[str, Callable[[Report, list[Row]], str]] = {
 
 
 def write(report: Report) -> None:
-    """The section and the CSV."""
+    """The CSV and the section, whose fingerprints take a while."""
+    report.a.out.mkdir(parents=True, exist_ok=True)
+    write_csv(report.a.out / "gpu_report.csv", [{"part": p, **row} for p, rows in report.rows.items() for row in rows])
     sections = []
     for part, show in SHOWN.items():
         rows = report.rows.get(part)
@@ -262,10 +288,8 @@ def write(report: Report) -> None:
             sections.append(show(report, rows))
         if part == "depths" and any("refused" not in row for row in rows or []):
             sections.append(show_breakdown(report, rows or []))
-    report.a.out.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join([heading(report), *sections]) + "\n"
     (report.a.out / "gpu_report.md").write_text(text)
-    write_csv(report.a.out / "gpu_report.csv", [{"part": p, **row} for p, rows in report.rows.items() for row in rows])
     print(text)
 
 
@@ -316,10 +340,11 @@ def main(arguments: list[str]) -> int:
         a.kind = report.rows["device"][0]["kind"]
         report.bandwidth = a.bandwidth or bandwidth_of(report.rows["device"][0]["name"])
     for part in [part for part in gpu_parts.PARTS if part != "device" and (not a.only or part in a.only)]:
-        run_part(report, part)
+        if not report.interrupted:
+            run_part(report, part)
     with timed("fingerprints of the files, and the report"):
         write(report)
-    return 1 if report.failures else 0
+    return 130 if report.interrupted else 1 if report.failures else 0
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import re
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -21,18 +23,33 @@ PARTS = {"device", "tests", "ops", "sizes", "prompts", "depths", "memory"}
 
 
 class Run:
-    """One run with --quick: its exit code, its section, its rows by part."""
+    """One run: its exit code, its section, its rows by part. SIGINT is sent once stderr has an `interrupt_at` in it."""
 
-    def __init__(self, folder: Path, *arguments: object) -> None:
-        command = [sys.executable, str(SCRIPT), "--quick", "--n-threads", "1", "--out", str(folder)]
-        done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
-        self.code, self.said = done.returncode, done.stderr
+    def __init__(self, folder: Path, *arguments: object, quick: bool = True, interrupt_at: str | None = None) -> None:
+        command = [sys.executable, str(SCRIPT), *["--quick"] * quick, "--n-threads", "1", "--out", str(folder)]
+        with subprocess.Popen(
+            [*command, *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=interruptible
+        ) as process:
+            assert process.stderr is not None
+            said = b""
+            while block := process.stderr.read1(4096):  # type: ignore[attr-defined]  # a pipe is a BufferedReader
+                said += block
+                if interrupt_at and re.search(interrupt_at.encode(), said):
+                    process.send_signal(signal.SIGINT)
+                    interrupt_at = None
+            printed = process.communicate()[0].decode()
+        self.code, self.said = process.returncode, said.decode()
         self.section = (folder / "gpu_report.md").read_text()
-        assert done.stdout.strip() == self.section.strip()
+        assert printed.strip() == self.section.strip()
         self.rows: dict[str, list[dict[str, str]]] = defaultdict(list)
         with (folder / "gpu_report.csv").open(newline="") as file:
             for row in csv.DictReader(file):
                 self.rows[row["part"]].append(row)
+
+
+def interruptible() -> None:
+    """A shell's background jobs, and what they start, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_the_whole_report(tmp_path: Path) -> None:
@@ -73,6 +90,30 @@ def test_a_part_that_fails_is_a_sentence(tmp_path: Path, tiny_target: Path) -> N
     assert run.rows["ops"]
     assert run.rows["sizes"]
     assert "tests passed, 0 failed" in run.section
+
+
+def test_interrupted_it_reports_what_was_measured(tmp_path: Path) -> None:
+    """In the prefill behind the first depth: the rows of that depth stand, parts that would follow are not begun."""
+    run = Run(tmp_path, "--device", "cpu", "--n-ctx", 17_000, "--only", "depths", "memory", quick=False,
+              interrupt_at=r"depths: [2-9],\d+ of 16,384")  # fmt: skip
+    assert run.code == 130, run.said
+    assert "Interrupted in the part 'depths'" in run.section
+    assert [(row["depth"], row["way"]) for row in run.rows["depths"]] == [
+        ("1024", "plain"), ("1024", "chain"), ("1024", "tree of 22")
+    ]  # fmt: skip
+    assert run.section.count("| 1,024 |") == 6  # speed and breakdown
+    assert "memory" not in run.rows
+    assert "Traceback" not in run.said
+
+
+def test_a_prompt_that_was_cut_short_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    script = load_script("scripts/gpu_report.py")
+    row = {"category": "code", "n_generated": 8, "n_steps": 4, "decode_tps": 3.0, "first_ms": 1.0, "parted_at": None}
+    rows = [{"prompt": prompt, "way": way, **row} for prompt in (0, 1) for way in ("plain", "chain")]
+    shown = script.show_prompts(None, rows[:-1])
+    assert "1 prompts, greedy" in shown
+    assert "0 of 1 drafted texts" in shown
 
 
 def why_no_card() -> str:
