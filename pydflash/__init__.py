@@ -4,6 +4,7 @@ with pydflash.Session() as session:
     print(session.generate("def fibonacci(n):").text)
 """
 
+from pydflash._timeline import Progress
 from pydflash.device import DeviceInfo, device_info
 from pydflash.errors import (
     ArgumentError,
@@ -21,14 +22,16 @@ from pydflash.errors import (
     UnsupportedModelError,
 )
 from pydflash.plan import Plan, plan
-from pydflash.results import Chunk, Result, Stats
-from pydflash.session import Session
+from pydflash.results import Chunk, Result, Stats, TokenLogprob
+from pydflash.sampling import Sampling
+from pydflash.session import Checkpoint, Session
 from pydflash.tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArgumentError",
+    "Checkpoint",
     "Chunk",
     "ContextFullError",
     "DeviceError",
@@ -39,12 +42,15 @@ __all__ = [
     "ModelFormatError",
     "OutOfMemoryError",
     "Plan",
+    "Progress",
     "PydflashError",
     "Result",
+    "Sampling",
     "Session",
     "SessionFileError",
     "StateError",
     "Stats",
+    "TokenLogprob",
     "Tokenizer",
     "UnknownOptionError",
     "UnsupportedModelError",

@@ -1,8 +1,9 @@
-"""The core's handles of one session: opened together, freed in the right order."""
+"""The core's handles: models that sessions share, and one session on them; freed in the right order."""
 
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -12,60 +13,70 @@ from pydflash.errors import ModelFileError
 PathLike = str | os.PathLike[str]
 
 
-class Handles:
-    """Target and drafter on one device ("cpu" or "cuda"), and a session on them once it is opened; freed in the
-    opposite order."""
+class Models:
+    """Target and drafter on one device ("cpu" or "cuda"), freed when the last session that uses them lets go."""
 
     def __init__(self, target: Path, draft: Path | None, device: str) -> None:
+        self.target, self.draft, self.device = target, draft, device
+        owned: list[tuple[Any, Any]] = []
+        # At exit a daemon thread may still be inside; the process frees it all.
+        weakref.finalize(self, _free, owned).atexit = False
+        self.model = _own(
+            owned,
+            "pf_model",
+            lib.pf_model_free,
+            lambda out: lib.pf_model_open(c_path(target), device.encode(), out),
+            target,
+        )
+        info = ffi.new("pf_model_info *", {"size": ffi.sizeof("pf_model_info")})
+        check(lib.pf_model_get_info(self.model, info))
+        self.n_vocab, self.n_embd, self.n_layer = int(info.n_vocab), int(info.n_embd), int(info.n_layer)
+        self.block_size = 0
+        self.drafter = ffi.NULL
+        if draft is not None:
+            self.drafter = _own(
+                owned,
+                "pf_draft",
+                lib.pf_draft_free,
+                lambda out: lib.pf_draft_open(c_path(draft), self.model, out),
+                draft,
+            )
+            draft_info = ffi.new("pf_draft_info *", {"size": ffi.sizeof("pf_draft_info")})
+            check(lib.pf_draft_get_info(self.drafter, draft_info))
+            self.block_size = int(draft_info.block_size)
+
+
+class Handles:
+    """One pf_session on models that others may share; `free` ends it, and lets go of them."""
+
+    def __init__(self, models: Models, params: Any) -> None:
+        self.models: Models | None = models
         self._owned: list[tuple[Any, Any]] = []
-        self._target = target
-        try:
-            self.model = self._own(
-                "pf_model",
-                lib.pf_model_free,
-                lambda out: lib.pf_model_open(c_path(target), device.encode(), out),
-                target,
-            )
-            info = ffi.new("pf_model_info *", {"size": ffi.sizeof("pf_model_info")})
-            check(lib.pf_model_get_info(self.model, info))
-            self.n_vocab, self.n_embd, self.n_layer = int(info.n_vocab), int(info.n_embd), int(info.n_layer)
-            self.block_size = 0
-            self.drafter = ffi.NULL
-            if draft is not None:
-                self.drafter = self._own(
-                    "pf_draft", lib.pf_draft_free, lambda out: lib.pf_draft_open(c_path(draft), self.model, out), draft
-                )
-                draft_info = ffi.new("pf_draft_info *", {"size": ffi.sizeof("pf_draft_info")})
-                check(lib.pf_draft_get_info(self.drafter, draft_info))
-                self.block_size = int(draft_info.block_size)
-        except BaseException:
-            self.free()
-            raise
-
-    def open_session(self, params: Any) -> None:
-        """Opens `session`; what was open is freed when that fails."""
-        try:
-            self.session = self._own(
-                "pf_session",
-                lib.pf_session_free,
-                lambda out: lib.pf_session_open(self.model, self.drafter, params, out),
-                self._target,
-            )
-        except BaseException:
-            self.free()
-            raise
-
-    def _own(self, kind: str, free: Any, open_it: Any, path: Path) -> Any:
-        out = ffi.new(f"{kind} **")
-        check(open_it(out), path=path)
-        self._owned.append((free, out[0]))
-        return out[0]
+        self.session = _own(
+            self._owned,
+            "pf_session",
+            lib.pf_session_free,
+            lambda out: lib.pf_session_open(models.model, models.drafter, params, out),
+            models.target,
+        )
 
     def free(self) -> None:
         """Frees what is open; freeing twice is fine."""
-        while self._owned:
-            free, handle = self._owned.pop()
-            free(handle)
+        _free(self._owned)
+        self.models = None
+
+
+def _own(owned: list[tuple[Any, Any]], kind: str, free: Any, open_it: Any, path: Path) -> Any:
+    out = ffi.new(f"{kind} **")
+    check(open_it(out), path=path)
+    owned.append((free, out[0]))
+    return out[0]
+
+
+def _free(owned: list[tuple[Any, Any]]) -> None:
+    while owned:
+        free, handle = owned.pop()
+        free(handle)
 
 
 def target_file(target: PathLike) -> Path:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydflash import options
-from pydflash._handles import Handles, PathLike, draft_file, target_file
+from pydflash._handles import Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
 from pydflash.device import DEVICES, choose
 from pydflash.errors import ArgumentError, checked_options
@@ -139,11 +139,12 @@ def plan(
 
 def plan_pair(target: Path, draft: Path | None, params: Any, device: str, free: int = 0) -> Plan:
     """Plans a session with the given pf_session_params on "cpu" or "cuda"; free 0: into what the device has free."""
-    core = Handles(target, draft, "cpu")  # there opening reads headers alone
-    try:
-        return read_plan(lambda out: lib.pf_plan_make(core.model, core.drafter, params, device.encode(), free, out))
-    finally:
-        core.free()
+    return plan_models(Models(target, draft, "cpu"), params, device, free)  # there opening reads headers alone
+
+
+def plan_models(models: Models, params: Any, device: str, free: int = 0) -> Plan:
+    """Plans a session on models that are open."""
+    return read_plan(lambda out: lib.pf_plan_make(models.model, models.drafter, params, device.encode(), free, out))
 
 
 def read_plan(fill: Callable[[Any], int]) -> Plan:

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
-from dataclasses import asdict, astuple, dataclass
-from typing import Any, Literal
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
-FinishReason = Literal["stop", "length", "cancelled"]
+if TYPE_CHECKING:
+    from pydflash.chat.answer import AnswerStream
+
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+ToolCall = dict[str, Any]  # OpenAI's: {"index", "id", "type": "function", "function": {"name", "arguments"}}
 
 
 @dataclass(frozen=True)
@@ -16,6 +20,7 @@ class Stats:
     """Figures of one run. Times are milliseconds, rates tokens a second."""
 
     n_prompt: int
+    n_cached: int  # tokens of the prompt that the session held already
     n_generated: int
     n_steps: int  # target passes after prefill
     mean_accepted: float  # tokens committed per target pass; 0 without a pass
@@ -53,14 +58,30 @@ class Counters:
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """What the model made of one token that was said, before any sampling setting.
+
+    logprob: its log-probability. top: the likeliest tokens instead of it, likeliest first, as (id, log-probability).
+    """
+
+    id: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass(frozen=True)
 class Result:
     """One whole generation.
 
     ids: the tokens committed after the prompt, the one that ended the run included.
     text: their text, without control tokens, cut before a stop token or stop string.
-    finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the context is full) or "cancelled".
+    finish_reason: "stop" (a stop token or string), "length" (max_tokens, or the context is full), "tool_calls" (a
+        chat's answer that ended and calls tools) or "cancelled".
     mean_accepted: tokens committed per target pass.
     seed: what the draws were made with; give it again to get the same text.
+    cached_tokens: tokens of the prompt that the session held already, so that they were not evaluated.
+    content, reasoning, tool_calls: of a chat, the text by its parts; else content is the text.
+    logprobs: a token each, where they were asked for.
     """
 
     ids: list[int]
@@ -69,6 +90,11 @@ class Result:
     mean_accepted: float
     stats: Stats
     seed: int
+    cached_tokens: int
+    content: str
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +104,18 @@ class Chunk:
     text: whole characters only; what may be the beginning of a stop string is held back until it is not.
     ids: the tokens the step committed; all chunks' ids are the result's ids, all chunks' text is its text.
     accepted: how many they are.
+    content, reasoning, tool_calls: of a chat, what the text adds to each, tool calls as OpenAI's deltas; else content
+        is the text.
     result: on the last chunk, the whole; None before.
     """
 
     text: str
     ids: list[int]
     accepted: int
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] | None = None
     result: Result | None = None
 
 
@@ -95,9 +127,11 @@ def output_hash(ids: Sequence[int]) -> str:
 class Tally:
     """Adds up the steps of a run."""
 
-    def __init__(self, n_prompt: int) -> None:
+    def __init__(self, n_prompt: int, n_cached: int = 0) -> None:
         self._n_prompt = n_prompt
+        self._n_cached = n_cached
         self._ids: list[int] = []
+        self._logprobs: list[TokenLogprob] | None = None
         self._text: list[str] = []
         self._n_steps = 0
         self._offered: list[int] = []  # [d - 1]: steps that offered depth d
@@ -135,11 +169,12 @@ class Tally:
         self._ms["commit"] += commit_ms
         self._decode_s += seconds
 
-    def result(self, finish_reason: FinishReason, seed: int) -> Result:
-        """The run as a whole."""
+    def result(self, finish_reason: FinishReason, seed: int, answer: AnswerStream | None = None) -> Result:
+        """The run as a whole; answer: the parts of its text, of a chat."""
         n_generated = len(self._ids)
         stats = Stats(
             n_prompt=self._n_prompt,
+            n_cached=self._n_cached,
             n_generated=n_generated,
             n_steps=self._n_steps,
             mean_accepted=n_generated / self._n_steps if self._n_steps else 0.0,
@@ -147,8 +182,29 @@ class Tally:
             tree_used=self._n_used / self._n_drafted if self._n_drafted else None,
             ms=dict(self._ms),
             prefill_ms=self._prefill_s * 1e3,
-            prefill_tps=(self._n_prompt - 1) / self._prefill_s if self._prefill_s else 0.0,
+            prefill_tps=(self._n_prompt - 1 - self._n_cached) / self._prefill_s if self._prefill_s else 0.0,
             decode_tps=n_generated / self._decode_s if self._decode_s else 0.0,
             output_hash=output_hash(self._ids),
         )
-        return Result(list(self._ids), "".join(self._text), finish_reason, stats.mean_accepted, stats, seed)
+        text = "".join(self._text)
+        result = Result(
+            ids=list(self._ids),
+            text=text,
+            finish_reason=finish_reason,
+            mean_accepted=stats.mean_accepted,
+            stats=stats,
+            seed=seed,
+            cached_tokens=self._n_cached,
+            content=text,
+            logprobs=self._logprobs,
+        )
+        if answer is None:
+            return result
+        calls = answer.tool_calls
+        return replace(
+            result,
+            finish_reason="tool_calls" if calls and finish_reason == "stop" else finish_reason,
+            content=answer.content,
+            reasoning=answer.reasoning,
+            tool_calls=calls,
+        )

@@ -1,26 +1,26 @@
-"""A conversation with one model: opening it, running it, looking inside.
+"""A conversation with one model: opening it, running it, keeping it, going back, looking inside.
 
-Owns the order of calls on one pf_session and the lock around them. What a run gives back is in `results`, what the
-options may be in `options`.
+Owns the order of calls on one pf_session and the lock around them. What the session holds is `_timeline`'s to know,
+what that means `_conversation`'s; one run is in `_run`, its settings in `sampling`, what it gives back in `results`.
 """
 
 from __future__ import annotations
 
-import secrets
+import hashlib
 import threading
-import time
 import weakref
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsIndex
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
 from pydflash import options
-from pydflash._handles import Handles, PathLike, draft_file, target_file
+from pydflash._conversation import Conversation, Message, Rendered, checked_messages
+from pydflash._handles import Handles, Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
-from pydflash._text import TextStream
+from pydflash._run import Request, run
+from pydflash._timeline import Progress, Timeline
 from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
@@ -30,26 +30,29 @@ from pydflash.errors import (
     UnsupportedModelError,
     checked_options,
 )
-from pydflash.options import KvType, Stop
-from pydflash.plan import plan_pair, read_plan
-from pydflash.results import Chunk, Counters, FinishReason, Result, Stats, Tally
+from pydflash.options import KvType
+from pydflash.plan import n_bytes, plan_pair, read_plan
+from pydflash.results import Chunk, Counters, Result, Stats
+from pydflash.sampling import RunOptions, Sampling, run_options
 from pydflash.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from typing_extensions import Unpack
+
+    from pydflash.sampling import Settings
+
+Ids = Iterable[SupportsIndex]
+Messages = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class _Request:
-    """A run, all of it checked."""
+class Checkpoint:
+    """A place on a session's timeline to go back to: its first n_tokens tokens."""
 
-    ids: list[int]
-    max_tokens: int
-    stops: list[str]
-    params: Any  # pf_generate_params
-    stop_ids: Any  # the array params points into
-    seed: int
+    n_tokens: int
+    digest: bytes  # of those tokens
 
 
 class Session:
@@ -65,14 +68,29 @@ class Session:
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
         set aside for trees of this size; a run that asks for a larger one allocates more.
     chain: draft one line of tokens instead of a tree.
+    copying: let tokens that stood behind the last few before, anywhere on the timeline, share the tree with the
+        drafter's. Neither this nor any drafting changes what is said.
     device: "cpu", "cuda", or "auto": "cuda" where that can be had, else "cpu"; see `pydflash.device_info`. Afterwards
         the attribute says which of the two it is.
     n_batch: tokens a prefill pass evaluates at once, 64 to 4096 in steps of 64.
     n_ring: committed positions the drafter can attend to.
     n_threads: None: one for each core this process may use.
+    checkpoint_every: the state is kept every so many tokens of a prompt (rounded up to whole batches), and where
+        messages end, so that a later prompt that begins in the same way can go on from there.
+    checkpoint_memory: host memory that all of that may take: bytes, or text such as "2GiB". When it is full, the oldest
+        but the first go.
+    cache_dir: a folder that keeps long prompts on disk once they have been read, for any session with the same model
+        and settings.
+    cache_size: what that folder may grow to; the least recently used go first.
 
-    Calls from several threads wait for one another; `cancel` is for those that cannot. A stream is one call a chunk:
-    `generate`, `stream`, `logits` and the like replace the timeline, and a stream of before then raises StateError.
+    What the session holds is one timeline of tokens. A run is given the whole timeline that it is to continue
+    (`generate`, `chat`) or what to put behind it (`append`, `ask`); what the session holds of it already is not
+    evaluated again.
+
+    Threads: calls from several threads wait for one another; `cancel` is for those that cannot. A stream is one call a
+    chunk: when another call has changed the timeline in the meantime, the next chunk raises StateError. After an error
+    or Ctrl-C the session can be used and holds what had been evaluated; it is empty only when the sentence says that it
+    was reset.
 
     Raises ModelFileError, ModelFormatError, UnsupportedModelError, DraftMismatchError, OutOfMemoryError, DeviceError,
     ArgumentError.
@@ -88,22 +106,26 @@ class Session:
         kv_type: KvType = "auto",
         budget: int = 16,
         chain: bool = False,
+        copying: bool = True,
         device: str = "auto",
         n_batch: int = 512,
         n_ring: int = 4096,
         n_threads: int | None = None,
+        checkpoint_every: int = 4096,
+        checkpoint_memory: int | str = "2GiB",
+        cache_dir: PathLike | None = None,
+        cache_size: int | str = "16GiB",
     ) -> None:
-        self.device = choose(device)
+        device = choose(device)
         params = options.session_params(
             n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads, budget=budget
         )
-        self._lock = threading.Lock()
-        self._epoch = 0  # counts the timelines, so that a stream knows when its own is gone
-        self._cancelled = False
-        self._stats: Stats | None = None
-        self._budget = int(params.budget)
+        options.integer("checkpoint_every", checkpoint_every, 1, 2**31 - 1)
+        self._keeping = _Keeping(
+            every=-(-checkpoint_every // n_batch) * n_batch, memory=n_bytes("checkpoint_memory", checkpoint_memory)
+        )
         self._chain = bool(chain)
-        self._n_batch = int(params.n_batch)
+        self._copying = bool(copying)
         if target is None:
             from pydflash import models
 
@@ -111,29 +133,44 @@ class Session:
             draft = models.draft_path() if draft is None else draft
         target = target_file(target)
         draft = None if draft is None else draft_file(draft)
-        if self.device != "cpu":  # where weights are copied, what does not fit is refused before they are
-            planned = plan_pair(target, draft, params, self.device)
+        if device != "cpu":  # where weights are copied, what does not fit is refused before they are
+            planned = plan_pair(target, draft, params, device)
             if not planned.fits:
                 raise OutOfMemoryError(
-                    f"a context of {planned.n_ctx} tokens takes {planned.total:.0f} MiB, but {self.device} has "
+                    f"a context of {planned.n_ctx} tokens takes {planned.total:.0f} MiB, but {device} has "
                     f"{planned.free:.0f} free:\n{planned}"
                 )
-        self._core = Handles(target, draft, self.device)
-        self._core.open_session(params)
-        self._finalizer = weakref.finalize(self, self._core.free)
-        self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
-        self.n_vocab = self._core.n_vocab
-        self.n_embd = self._core.n_embd
-        self.n_layer = self._core.n_layer
-        self.block_size = self._core.block_size
-        self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
-        self.n_ctx = self.plan.n_ctx
         self._no_tokenizer: UnsupportedModelError | None = None
         self.tokenizer: Tokenizer | None = None
+        self._open_on(Models(target, draft, device), params)
         try:
             self.tokenizer = Tokenizer.from_gguf(target)
         except UnsupportedModelError as error:  # such a model takes and gives ids
             self._no_tokenizer = error
+        self._conversation = Conversation(self.tokenizer)
+        self._cache = None
+        if cache_dir is not None:
+            from pydflash.document_cache import DocumentCache
+
+            self._cache = DocumentCache(cache_dir, n_bytes("cache_size", cache_size))
+
+    def _open_on(self, models: Models, params: Any) -> None:
+        self._lock = threading.Lock()
+        self._epoch = 0  # counts the changes of the timeline, so that a stream knows when its own is gone
+        self._cancelled = False
+        self._stats: Stats | None = None
+        self._params = params
+        self._core = Handles(models, params)
+        self._finalizer = weakref.finalize(self, self._core.free)
+        self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
+        self.device = models.device
+        self.n_vocab, self.n_embd, self.n_layer = models.n_vocab, models.n_embd, models.n_layer
+        self.block_size = models.block_size
+        self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
+        self.n_ctx = self.plan.n_ctx
+        self._held = Timeline(
+            self._core.session, n_batch=self.plan.n_batch, every=self._keeping.every, memory=self._keeping.memory
+        )
 
     def __enter__(self) -> Session:
         return self
@@ -144,7 +181,8 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        """Frees the models and caches; every other call raises StateError from then on. Closing twice is fine."""
+        """Frees the caches, and the models once no fork uses them; every other call raises StateError from then on.
+        Closing twice is fine."""
         with self._lock:
             self._finalizer()
 
@@ -160,79 +198,213 @@ class Session:
 
     # ---- running -------------------------------------------------------------------------------------------------
 
-    @checked_options
     def generate(
-        self,
-        prompt: str | Iterable[SupportsIndex],
-        *,
-        max_tokens: int | None = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: Stop = None,
-        ignore_eos: bool = False,
-        budget: int | None = None,
-        chain: bool | None = None,
+        self, prompt: str | Ids | None, sampling: Sampling | None = None, **settings: Unpack[Settings]
     ) -> Result:
         """Continues a prompt, and returns when that is done.
 
-        prompt: text, or token ids. It replaces whatever the session held.
-        max_tokens: at most so many; None: until the context is full.
-        temperature: 0 takes the likeliest token each time; above, tokens are drawn, after top_k (0: off), top_p (1:
-            off) and min_p (0: off) have narrowed the choice.
-        seed: 0 to 2**64 - 1. None picks one, which the result tells. Drafting does not change what a seed draws.
-        stop: a string or a token id, or several, that end the text. The text is cut right before them.
-        ignore_eos: do not end at the model's own end tokens.
-        budget, chain: as for the session, for this run.
+        prompt: text, or token ids: the whole timeline from now on. None goes on from what the session holds.
+        sampling, settings: a `Sampling`, and single fields of it or of `Settings` by name.
 
         Raises ArgumentError, ContextFullError (the prompt does not fit), UnsupportedModelError (text for a model
-        without a tokenizer). KeyboardInterrupt ends the run at the next step and leaves the session usable.
+        without a tokenizer). KeyboardInterrupt ends the run at the next step.
         """
-        request = self._request(
-            prompt, max_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos, budget, chain
-        )
-        with self._timeline():
-            for chunk in self._run(request):
-                if chunk.result is not None:
-                    return chunk.result
-        raise AssertionError("a run ends with a result")
+        return self._whole(self._given_prompt(prompt), run_options("generate", sampling, settings))
 
-    @checked_options
     def stream(
-        self,
-        prompt: str | Iterable[SupportsIndex],
-        *,
-        max_tokens: int | None = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        min_p: float = 0.0,
-        seed: int | None = None,
-        stop: Stop = None,
-        ignore_eos: bool = False,
-        budget: int | None = None,
-        chain: bool | None = None,
+        self, prompt: str | Ids | None, sampling: Sampling | None = None, **settings: Unpack[Settings]
     ) -> Iterator[Chunk]:
         """As `generate`, one chunk a step; the last chunk carries the result.
 
-        The prompt is checked at once and evaluated when the first chunk is asked for. A stream may be left at any
-        time. StateError when another call has replaced the timeline in the meantime.
+        The prompt is checked at once and evaluated when the first chunk is asked for. A stream may be left at any time.
         """
-        request = self._request(
-            prompt, max_tokens, temperature, top_k, top_p, min_p, seed, stop, ignore_eos, budget, chain
-        )
-        return self._stream(request)
+        return self._stream(self._given_prompt(prompt), run_options("stream", sampling, settings))
+
+    def chat(
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Result:
+        """Answers messages: the whole timeline from now on, in the model's chat template.
+
+        messages: OpenAI's: {"role": "system" | "user" | "assistant" | "tool", "content": text or text parts, and
+            "reasoning_content", "tool_calls", "tool_call_id" where they belong}. Special tokens spelt in them are text.
+        tools: what the model may call, in OpenAI's shape.
+        thinking: the template's enable_thinking; None leaves it to the template.
+        template_variables: whatever else the template knows.
+
+        The answer's parts are the result's content, reasoning and tool_calls. Afterwards `session.messages` are these
+        messages and the answer. Raises what `generate` does, and UnsupportedModelError for a model without a template.
+        """
+        chat = self._chat(messages, tools, thinking, template_variables)
+        return self._whole(chat, run_options("chat", sampling, settings))
+
+    def stream_chat(
+        self,
+        messages: Messages,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """As `chat`, one chunk a step; the last chunk carries the result."""
+        chat = self._chat(messages, tools, thinking, template_variables)
+        return self._stream(chat, run_options("stream_chat", sampling, settings))
+
+    def ask(
+        self,
+        question: str,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Result:
+        """Answers a user's next message, behind everything the session holds; otherwise as `chat`."""
+        chat = self._question(question, tools, thinking, template_variables)
+        return self._whole(chat, run_options("ask", sampling, settings))
+
+    def stream_ask(
+        self,
+        question: str,
+        sampling: Sampling | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        thinking: bool | None = None,
+        template_variables: Mapping[str, Any] | None = None,
+        **settings: Unpack[Settings],
+    ) -> Iterator[Chunk]:
+        """As `ask`, one chunk a step; the last chunk carries the result."""
+        chat = self._question(question, tools, thinking, template_variables)
+        return self._stream(chat, run_options("stream_ask", sampling, settings))
 
     def cancel(self) -> None:
-        """Ends the run going on, in whatever thread, at its next step: its finish_reason is then "cancelled"."""
+        """Ends the call going on, in whatever thread, at its next step or batch of the prompt: a run's finish_reason is
+        then "cancelled"."""
         self._cancelled = True
+
+    # ---- what the session holds ----------------------------------------------------------------------------------
+
+    def append(self, content: str | Ids | Messages, *, progress: Callable[[Progress], None] | None = None) -> int:
+        """Puts text, token ids or messages behind what the session holds, evaluates them, and says how many tokens
+        there are now.
+
+        Ctrl-C and `cancel` end it at the next batch; what is evaluated by then stays. Raises ArgumentError,
+        ContextFullError, UnsupportedModelError; nothing has changed then.
+        """
+        if isinstance(content, Sequence) and content and isinstance(content[0], Mapping):
+            return self._append_messages(checked_messages(content), progress)
+        with self._changing():
+            held = self._held.tokens().tolist()
+            if isinstance(content, str):
+                new = self._need_tokenizer().encode(content, add_special=not held)
+            else:
+                new = options.token_ids("content", cast("Ids", content), self.n_vocab)
+            if new:
+                self._extend([*held, *new], (), progress)
+            self._conversation.freeze(self._held.tokens().tolist())
+            return self._held.n_tokens
+
+    def append_document(self, path: PathLike, *, progress: Callable[[Progress], None] | None = None) -> int:
+        """Reads a document, or a folder of them, behind what the session holds; see `pydflash.documents`.
+
+        A user's message each, where the model has a chat template, else text. Raises DocumentError, and what `append`
+        does.
+        """
+        from pydflash.documents import read_documents
+
+        documents = [document.as_prompt() for document in read_documents(path)]
+        tokenizer = self._need_tokenizer()
+        if tokenizer.chat_template is None:
+            return self.append("".join(documents), progress=progress)
+        return self._append_messages([{"role": "user", "content": text} for text in documents], progress)
+
+    def checkpoint(self) -> Checkpoint:
+        """This place, to `rewind` to later."""
+        with self._open():
+            self._held.snapshot()
+            ids = self._held.tokens()
+            return Checkpoint(len(ids), _digest(ids))
+
+    @checked_options
+    def rewind(self, to: Checkpoint | int) -> None:
+        """Back to a checkpoint, or to the first so many tokens; what followed them never happened.
+
+        Takes the evaluation of the tokens since the nearest place whose state was kept. `messages` goes back with it to
+        the end of a call; elsewhere the tokens stay as they are, and messages begin anew behind them. Raises
+        ArgumentError, and StateError when the checkpoint is of another timeline; nothing has changed then.
+        """
+        with self._changing():
+            ids = self._held.tokens()
+            n = options.integer("to", to.n_tokens if isinstance(to, Checkpoint) else to, 0, len(ids))
+            if isinstance(to, Checkpoint) and _digest(ids[:n]) != to.digest:
+                raise StateError(
+                    "this checkpoint is of another timeline: what stands before it has changed since, or it is another "
+                    "session's"
+                )
+            if n == 0:
+                self._held.clear()
+            elif n < len(ids):
+                self._held.extend_to(ids[:n])
+            self._conversation.back_to(ids[:n].tolist())
 
     def reset(self) -> None:
         """Back to the empty timeline."""
-        with self._timeline():
-            check(lib.pf_session_reset(self._core.session))
+        with self._changing():
+            self._clear()
+
+    def fork(self) -> Session:
+        """A second session with the same timeline, which goes its own way; the models are shared, the caches copied.
+
+        OutOfMemoryError, with the plan, when a second one does not fit; this one is as it was.
+        """
+        with self._open():
+            models = self._core.models
+            assert models is not None
+            twin = Session.__new__(Session)
+            twin.__dict__.update(
+                {name: self.__dict__[name] for name in ("_keeping", "_chain", "_copying", "_no_tokenizer", "_cache")}
+            )
+            twin.tokenizer = self.tokenizer
+            params = ffi.new("pf_session_params *", self._params[0])
+            params.n_ctx = self.n_ctx
+            params.type_k, params.type_v = options.kv_types(self.plan.kv_type)
+            twin._open_on(models, params)
+            check(lib.pf_session_copy(twin._core.session, self._core.session))
+            twin._held.replace_snapshots(self._held.snapshots)
+            twin._conversation = self._conversation.copy()
+            return twin
+
+    @property
+    def messages(self) -> list[Message]:
+        """The conversation so far, as `chat` and `ask` left it. Assign to it to change what the next `ask` follows."""
+        return self._conversation.messages
+
+    @messages.setter
+    def messages(self, messages: Messages) -> None:
+        with self._open():
+            self._conversation.messages = checked_messages(messages) if messages else []
+
+    @property
+    def tokens(self) -> list[int]:
+        """Token ids of the whole timeline."""
+        with self._open():
+            ids: list[int] = self._held.tokens().tolist()
+            return ids
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens on the timeline."""
+        with self._open():
+            return self._held.n_tokens
 
     @property
     def stats(self) -> Stats | None:
@@ -248,24 +420,28 @@ class Session:
             return Counters(*(int(getattr(counters, name)) for name in Counters.__dataclass_fields__))
 
     @property
-    def n_tokens(self) -> int:
-        """Tokens on the timeline."""
+    def memory(self) -> dict[str, int]:
+        """Bytes that the session has allocated, by the names of `plan`'s rows: the plan's own figures, until a run asks
+        for a larger budget, or for the logits of many tokens. On a CUDA device flash attention's copies lie in the
+        compute buffer."""
         with self._open():
-            return int(lib.pf_session_n_tokens(self._core.session))
+            rows = read_plan(lambda out: lib.pf_session_get_memory(self._core.session, out)).rows
+        return {row.name: row.n_bytes for row in rows}
 
     # ---- looking inside: each replaces the timeline and leaves it empty --------------------------------------------
 
-    def logits(self, ids: Iterable[SupportsIndex]) -> NDArray[np.float32]:
+    def logits(self, ids: Ids) -> NDArray[np.float32]:
         """The target's logits after each of the ids: float32 [n, n_vocab]."""
         import numpy as np
 
         given = self._given(ids)
         out = np.empty((len(given), self.n_vocab), np.float32)
-        with self._timeline():
+        with self._changing():
+            self._clear()
             check(lib.pf_session_logits(self._core.session, given, len(given), ffi.from_buffer("float[]", out)))
         return out
 
-    def hidden(self, ids: Iterable[SupportsIndex], layers: Sequence[int]) -> NDArray[np.float32]:
+    def hidden(self, ids: Ids, layers: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream at the input of each of `layers`: float32 [n, len(layers), n_embd].
 
         Layers count as a drafter's `target_layers` does: k is the output of layer k - 1, before any norm.
@@ -278,7 +454,8 @@ class Session:
         except TypeError:
             raise ArgumentError(f"layers is {layers!r}, not a sequence of layer numbers") from None
         out = np.empty((len(given), len(wanted), self.n_embd), np.float32)
-        with self._timeline():
+        with self._changing():
+            self._clear()
             check(
                 lib.pf_session_hidden(
                     self._core.session, given, len(given), wanted, len(wanted), ffi.from_buffer("float[]", out)
@@ -286,7 +463,7 @@ class Session:
             )
         return out
 
-    def draft_logits(self, ids: Iterable[SupportsIndex]) -> NDArray[np.float32]:
+    def draft_logits(self, ids: Ids) -> NDArray[np.float32]:
         """The drafter's logits for the positions after the ids, the last of which is pending: float32
         [block_size - 1, n_vocab]. StateError without a drafter."""
         import numpy as np
@@ -295,151 +472,174 @@ class Session:
             raise StateError("this session has no drafter; open it with draft=...")
         given = self._given(ids)
         out = np.empty((self.block_size - 1, self.n_vocab), np.float32)
-        with self._timeline():
+        with self._changing():
+            self._clear()
             check(lib.pf_session_draft_logits(self._core.session, given, len(given), ffi.from_buffer("float[]", out)))
         return out
 
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes that the session has allocated, by the names of `plan`'s rows: the plan's own figures, until a run asks
-        for a larger budget, or for the logits of many tokens. On a CUDA device flash attention's copies lie in the
-        compute buffer."""
-        with self._open():
-            rows = read_plan(lambda out: lib.pf_session_get_memory(self._core.session, out)).rows
-        return {row.name: row.n_bytes for row in rows}
-
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def _request(
+    def _given_prompt(self, prompt: str | Ids | None) -> _Prompt:
+        if prompt is None:
+            with self._open():
+                ids = self._held.tokens().tolist()
+        else:
+            ids = (
+                self.tokenize(prompt) if isinstance(prompt, str) else options.token_ids("prompt", prompt, self.n_vocab)
+            )
+        return _Prompt(Rendered(ids, []))
+
+    def _chat(
         self,
-        prompt: str | Iterable[SupportsIndex],
-        max_tokens: int | None,
-        temperature: float,
-        top_k: int,
-        top_p: float,
-        min_p: float,
-        seed: int | None,
-        stop: Stop,
-        ignore_eos: bool,
-        budget: int | None,
-        chain: bool | None,
-    ) -> _Request:
+        messages: Messages,
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool | None,
+        variables: Mapping[str, Any] | None,
+        raw: Sequence[int] = (),
+    ) -> _Prompt:
+        given = checked_messages(messages)
+        rendered = self._conversation.render(
+            given, raw=raw, answer=True, tools=tools, thinking=thinking, variables=variables
+        )
+        return _Prompt(rendered, raw, given, tools or ())
+
+    def _question(
+        self,
+        question: str,
+        tools: Sequence[Mapping[str, Any]] | None,
+        thinking: bool | None,
+        variables: Mapping[str, Any] | None,
+    ) -> _Prompt:
+        if not isinstance(question, str):
+            raise ArgumentError(f"question must be text, not {type(question).__name__}; chat() takes messages")
+        held = self._conversation
+        messages = [*held.messages, {"role": "user", "content": question}]
+        return self._chat(messages, tools, thinking, variables, held.raw)
+
+    def _append_messages(self, messages: list[Message], progress: Callable[[Progress], None] | None) -> int:
+        with self._changing():
+            conversation = self._conversation
+            everything = [*conversation.messages, *messages]
+            rendered = conversation.render(everything, raw=conversation.raw, answer=False)
+            if self._extend(rendered.ids, rendered.ends, progress):
+                conversation.messages = everything
+                conversation.turn(self._held.n_tokens)
+            return self._held.n_tokens
+
+    def _extend(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> bool:
+        """Makes the ids the timeline; False when that was cancelled."""
+        self._check_room(len(ids), 0)
+        self._cancelled = False
+        self._prefill(ids, ends, progress)
+        return not self._cancelled
+
+    def _prefill(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> int:
+        import numpy as np
+
+        return self._held.extend_to(
+            np.array(ids, np.int32), ends=ends, progress=progress, cancelled=lambda: self._cancelled
+        )
+
+    def _request(self, prompt: _Prompt, wanted: RunOptions) -> Request:
         """Checks everything, so that what is refused is refused before any work."""
-        if budget and not self.block_size:
-            raise ArgumentError(f"budget is {budget}, but this session has no drafter; open it with draft=...")
-        texts, stop_ids = options.stops(stop, self.n_vocab)
+        sampling = wanted.sampling
+        if wanted.budget and not self.block_size:
+            raise ArgumentError(f"budget is {wanted.budget}, but this session has no drafter; open it with draft=...")
+        texts, stop_ids = options.stops(sampling.stop, self.n_vocab)
         if texts:
             self._need_tokenizer()
-        if self.tokenizer is not None and not ignore_eos:
+        if self.tokenizer is not None and not sampling.ignore_eos:
             stop_ids = sorted(self.tokenizer.stop_ids | set(stop_ids))
-        seed = secrets.randbits(32) if seed is None else seed
-        params, array = options.generate_params(
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            seed=seed,
-            budget=(self._budget if budget is None else budget) if self.block_size else 0,
-            chain=self._chain if chain is None else bool(chain),
+        assert sampling.seed is not None
+        params, keep = options.generate_params(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            seed=sampling.seed,
+            budget=(self.plan.budget if wanted.budget is None else wanted.budget) if self.block_size else 0,
+            chain=self._chain if wanted.chain is None else bool(wanted.chain),
             stop_ids=stop_ids,
         )
-        most = self.n_ctx if max_tokens is None else options.integer("max_tokens", max_tokens, 0, 2**31 - 1)
-        ids = self.tokenize(prompt) if isinstance(prompt, str) else options.token_ids("prompt", prompt, self.n_vocab)
+        ids = prompt.rendered.ids
         if not ids:
             raise ArgumentError("the prompt is empty: the model needs at least one token to go on from")
-        room = self.n_ctx - len(ids)
-        if room < min(most, 1):
-            need = len(ids) + min(most, 1)
-            raise ContextFullError(
-                f"the prompt has {len(ids)} tokens, {need - self.n_ctx} too many for n_ctx={self.n_ctx}"
-                f"{' and one token of output' if most else ''}: shorten it, or open the session with a larger n_ctx",
-                need=need,
-                free=self.n_ctx,
-            )
-        return _Request(ids, min(most, room), texts, params, array, seed)
+        most = self.n_ctx if sampling.max_tokens is None else sampling.max_tokens
+        self._check_room(len(ids), min(most, 1))
+        answer = None
+        if prompt.messages is not None:
+            from pydflash.chat.answer import AnswerStream
 
-    def _stream(self, request: _Request) -> Generator[Chunk, None, None]:
-        run = self._run(request)
+            answer = AnswerStream(thinking_open=prompt.rendered.thinking_open, tools=prompt.tools)
+
+        def done(result: Result) -> None:
+            self._stats = result.stats
+            if prompt.messages is None or answer is None:
+                self._conversation.freeze(self._held.tokens().tolist())
+            else:
+                self._conversation.raw = list(prompt.raw)
+                self._conversation.messages = [*prompt.messages, answer.message()]
+                self._conversation.turn(self._held.n_tokens)
+
+        return Request(
+            ids=ids,
+            ends=prompt.rendered.ends,
+            max_tokens=min(most, self.n_ctx - len(ids)),
+            stops=texts,
+            params=params,
+            keep=keep,
+            seed=sampling.seed,
+            progress=wanted.progress,
+            answer=answer,
+            done=done,
+        )
+
+    def _run(self, request: Request) -> Generator[Chunk, None, None]:
+        self._cancelled = False
+        return run(
+            self._core.session,
+            self._held,
+            self.tokenizer,
+            request,
+            lambda: self._cancelled,
+            lambda wanted: self._prefill(wanted.ids, wanted.ends, wanted.progress),
+        )
+
+    def _whole(self, prompt: _Prompt, wanted: RunOptions) -> Result:
+        request = self._request(prompt, wanted)
+        with self._changing():
+            for chunk in self._run(request):
+                if chunk.result is not None:
+                    return chunk.result
+        raise AssertionError("a run ends with a result")
+
+    def _stream(self, prompt: _Prompt, wanted: RunOptions) -> Iterator[Chunk]:
+        return self._chunks(self._request(prompt, wanted))
+
+    def _chunks(self, request: Request) -> Iterator[Chunk]:
+        chunks = self._run(request)
         epoch = None
         while True:
-            with self._open() if epoch is not None else self._timeline():
+            with self._open() if epoch is not None else self._changing():
                 if epoch not in (None, self._epoch):
-                    raise StateError("this stream has ended: another call has replaced the session's timeline")
+                    raise StateError("this stream has ended: another call has changed the session's timeline")
                 epoch = self._epoch
-                chunk = next(run, None)
+                chunk = next(chunks, None)
             if chunk is None:
                 return
             yield chunk
 
-    def _run(self, request: _Request) -> Generator[Chunk, None, None]:
-        """The whole run, one chunk a step; the caller holds the timeline."""
-        session = self._core.session
-        self._cancelled = False
-        try:
-            check(lib.pf_session_reset(session))
-            check(
-                lib.pf_session_configure(session, request.params)
-            )  # before append: the budget sizes what prefill keeps
-            tally = Tally(len(request.ids))
-            text = TextStream(self.tokenizer, request.stops)
-            started = time.perf_counter()
-            for piece in self._prefill_pieces(request.ids):
-                if not self._cancelled:
-                    check(lib.pf_session_append(session, piece, len(piece)))
-            tally.prefilled(time.perf_counter() - started)
+    def _check_room(self, n: int, n_output: int) -> None:
+        if n + n_output > self.n_ctx:
+            raise ContextFullError(
+                f"the prompt has {n} tokens, {n + n_output - self.n_ctx} too many for n_ctx={self.n_ctx}"
+                f"{' and one token of output' if n_output else ''}: shorten it, or open the session with a larger "
+                "n_ctx",
+                need=n + n_output,
+                free=self.n_ctx,
+            )
 
-            step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
-            commit_ms = ffi.new("double *")
-            left = request.max_tokens
-            finish: FinishReason | None = None
-            while finish is None:
-                kept: list[int] = []
-                given = ""
-                if self._cancelled:
-                    finish = "cancelled"
-                elif left == 0:
-                    finish = "length"
-                else:
-                    started = time.perf_counter()
-                    check(lib.pf_session_step(session, left, step))
-                    tokens = ffi.unpack(step.tokens, step.n_tokens)
-                    # A stop token has no text.
-                    given, n_cut = text.push(tokens[:-1] if step.stopped else tokens)
-                    kept = tokens[:n_cut]
-                    check(lib.pf_session_commit(session, len(kept), commit_ms))
-                    tally.step(
-                        step,
-                        kept,
-                        ended=bool(step.stopped) or len(tokens) == left,
-                        commit_ms=commit_ms[0],
-                        seconds=time.perf_counter() - started,
-                    )
-                    left -= len(kept)
-                    if n_cut is not None or step.stopped:
-                        finish = "stop"
-                    elif left == 0:
-                        finish = "length"
-                result = None
-                if finish is not None:
-                    given += text.finish()
-                tally.text(given)
-                if finish is not None:
-                    result = tally.result(finish, request.seed)
-                    self._stats = result.stats
-                yield Chunk(given, kept, len(kept), result)
-        except GeneratorExit:  # left by the caller, between steps
-            raise
-        except BaseException:
-            lib.pf_session_reset(session)  # there may be a step nobody committed
-            raise
-
-    def _prefill_pieces(self, ids: list[int]) -> Iterator[list[int]]:
-        """Slices that each evaluate one full batch: the last token given stays pending until the next call."""
-        edges = [0, *range(1 + self._n_batch, len(ids), self._n_batch), len(ids)]
-        for start, end in pairwise(edges):
-            yield ids[start:end]
-
-    def _given(self, ids: Iterable[SupportsIndex]) -> list[int]:
+    def _given(self, ids: Ids) -> list[int]:
         given = options.token_ids("ids", ids, self.n_vocab)
         if not given:
             raise ArgumentError("ids is empty; give at least one token")
@@ -450,6 +650,10 @@ class Session:
                 free=self.n_ctx,
             )
         return given
+
+    def _clear(self) -> None:
+        self._held.clear()
+        self._conversation.freeze([])
 
     def _need_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -465,8 +669,30 @@ class Session:
             yield
 
     @contextmanager
-    def _timeline(self) -> Iterator[None]:
-        """The lock, for a call that replaces the timeline."""
+    def _changing(self) -> Iterator[None]:
+        """The lock, for a call that changes the timeline."""
         with self._open():
             self._epoch += 1
             yield
+
+
+@dataclass(frozen=True)
+class _Keeping:
+    """When snapshots are taken, and what they may take."""
+
+    every: int
+    memory: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """What a run is to continue. messages: of a chat, behind raw tokens; None where tokens are all there is."""
+
+    rendered: Rendered
+    raw: Sequence[int] = ()
+    messages: list[Message] | None = None
+    tools: Sequence[Mapping[str, Any]] = ()
+
+
+def _digest(ids: NDArray[np.int32]) -> bytes:
+    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
