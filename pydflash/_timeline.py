@@ -112,10 +112,7 @@ class Timeline:
 
     def reusable(self, ids: NDArray[np.int32]) -> int:
         """Of these ids, the tokens that `extend_to` would not evaluate again."""
-        common = self.common(ids)
-        if common == self.n_tokens < len(ids):
-            return self.n_committed
-        return self._place(min(common, len(ids) - 1))
+        return self._place(min(self.common(ids), len(ids) - 1))
 
     def extend_to(
         self,
@@ -132,10 +129,9 @@ class Timeline:
         cancelled is asked before each chunk; what is evaluated by then stays.
         """
         n = len(ids)
-        common = self.common(ids)
-        given = common
+        given = self.common(ids)
         kept = self.reusable(ids)
-        if not common == self.n_tokens < n:  # else it goes on where it stands
+        if given < self.n_tokens or self.n_committed == n:  # else it goes on where it stands
             given = kept
             self.back_to(kept)
         self._forget_behind(self.n_committed)
