@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from pydflash._lib import check, ffi, lib
 from pydflash._text import TextStream
 from pydflash._timeline import Progress, Timeline
-from pydflash.results import Chunk, FinishReason, Result, Tally
+from pydflash.results import Chunk, FinishReason, Result, Tally, TokenLogprob
 
 if TYPE_CHECKING:
     from pydflash.chat.answer import AnswerStream
@@ -31,6 +31,7 @@ class Request:
     params: Any  # pf_generate_params
     keep: Any  # the arrays params points into
     seed: int
+    n_logprobs: int | None = None
     progress: Callable[[Progress], None] | None = None
     answer: AnswerStream | None = None  # of a chat: thinking and tool calls are told apart
     done: Callable[[Result], None] = field(default=lambda result: None)
@@ -61,6 +62,7 @@ def run(
     finish: FinishReason | None = None
     while finish is None:
         kept: list[int] = []
+        logprobs = None if request.n_logprobs is None else []
         given = ""
         if cancelled():
             finish = "cancelled"
@@ -75,6 +77,8 @@ def run(
                 # A stop token has no text.
                 given, n_cut = text.push(tokens[:-1] if step.stopped else tokens)
                 kept = tokens[:n_cut]
+                if request.n_logprobs is not None:
+                    logprobs = step_logprobs(session, tokens, request.n_logprobs)[:n_cut]
                 check(lib.pf_session_commit(session, len(kept), commit_ms))
                 settled = True
             finally:
@@ -83,6 +87,7 @@ def run(
             tally.step(
                 step,
                 kept,
+                logprobs,
                 ended=bool(step.stopped) or len(tokens) == left,
                 commit_ms=commit_ms[0],
                 seconds=time.perf_counter() - started,
@@ -97,7 +102,7 @@ def run(
             if finish != "cancelled":
                 timeline.snapshot()
         tally.text(given)
-        chunk = Chunk(given, kept, len(kept), content=given)
+        chunk = Chunk(given, kept, len(kept), content=given, logprobs=logprobs)
         if request.answer is not None:
             delta = request.answer.push(given)
             if finish is not None:
@@ -108,3 +113,15 @@ def run(
             request.done(result)
             chunk = replace(chunk, result=result)
         yield chunk
+
+
+def step_logprobs(session: Any, tokens: list[int], n_top: int) -> list[TokenLogprob]:
+    """What the model made of each token of the last step."""
+    n = len(tokens)
+    logp, top_ids, top_logp = ffi.new("float[]", n), ffi.new("int32_t[]", n * n_top), ffi.new("float[]", n * n_top)
+    check(lib.pf_session_logprobs(session, logp, top_ids, top_logp))
+    rows = [range(i * n_top, (i + 1) * n_top) for i in range(n)]
+    return [
+        TokenLogprob(token, float(logp[i]), [(int(top_ids[k]), float(top_logp[k])) for k in rows[i]])
+        for i, token in enumerate(tokens)
+    ]

@@ -150,10 +150,21 @@ class Tally:
         """Text that was given out."""
         self._text.append(piece)
 
-    def step(self, step: Any, kept: list[int], *, ended: bool, commit_ms: float, seconds: float) -> None:
+    def step(
+        self,
+        step: Any,
+        kept: list[int],
+        logprobs: list[TokenLogprob] | None = None,
+        *,
+        ended: bool,
+        commit_ms: float,
+        seconds: float,
+    ) -> None:
         """One step: pf_step_result, the tokens of it that were kept, whether the walk was cut short by a stop token or
         by max_tokens (what lay deeper was then never asked, and counts as not offered), and its time on the clock."""
         self._ids += kept
+        if logprobs is not None:
+            self._logprobs = (self._logprobs or []) + logprobs
         self._n_steps += 1
         reached = step.n_tokens - 1
         offered = reached if ended else max(reached, step.max_depth)

@@ -8,11 +8,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, TypedDict
 
 from pydflash import options
+from pydflash._lib import lib
 from pydflash._timeline import Progress
 from pydflash.errors import ArgumentError, UnknownOptionError, nearest
 from pydflash.options import Stop
-
-MAX_LOGPROBS = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +57,13 @@ class Sampling:
         options.number("repeat_penalty", self.repeat_penalty, 0.01, 100)
         options.number("presence_penalty", self.presence_penalty, -100, 100)
         options.number("frequency_penalty", self.frequency_penalty, -100, 100)
-        if self.logit_bias is not None and not isinstance(self.logit_bias, Mapping):
-            raise ArgumentError(f"logit_bias is {self.logit_bias!r}; it must map token ids to numbers")
+        options.biases(self.logit_bias)
         if self.seed is not None:
             options.integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
             options.integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
         if self.logprobs is not None:
-            options.integer("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+            options.integer("logprobs", self.logprobs, 0, lib.PF_MAX_LOGPROBS)
 
     def seeded(self) -> Sampling:
         """With a seed of its own where none was given."""

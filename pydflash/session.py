@@ -560,6 +560,11 @@ class Session:
             budget=(self.plan.budget if wanted.budget is None else wanted.budget) if self.block_size else 0,
             chain=self._chain if wanted.chain is None else bool(wanted.chain),
             stop_ids=stop_ids,
+            repeat_penalty=sampling.repeat_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=sampling.logit_bias,
+            logprobs=sampling.logprobs,
         )
         ids = prompt.rendered.ids
         if not ids:
@@ -589,6 +594,7 @@ class Session:
             params=params,
             keep=keep,
             seed=sampling.seed,
+            n_logprobs=sampling.logprobs,
             progress=wanted.progress,
             answer=answer,
             done=done,
