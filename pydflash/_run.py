@@ -62,7 +62,7 @@ def run(
     finish: FinishReason | None = None
     while finish is None:
         kept: list[int] = []
-        logprobs = None if request.n_logprobs is None else []
+        logprobs: list[TokenLogprob] | None = None if request.n_logprobs is None else []
         given = ""
         if cancelled():
             finish = "cancelled"
@@ -71,19 +71,13 @@ def run(
         else:
             started = time.perf_counter()
             check(lib.pf_session_step(session, left, step))
-            settled = False
-            try:
-                tokens = ffi.unpack(step.tokens, step.n_tokens)
-                # A stop token has no text.
-                given, n_cut = text.push(tokens[:-1] if step.stopped else tokens)
-                kept = tokens[:n_cut]
-                if request.n_logprobs is not None:
-                    logprobs = step_logprobs(session, tokens, request.n_logprobs)[:n_cut]
-                check(lib.pf_session_commit(session, len(kept), commit_ms))
-                settled = True
-            finally:
-                if not settled:  # an interrupt, say: the step has been verified, so its first token may stand
-                    lib.pf_session_commit(session, 1, ffi.NULL)
+            tokens = ffi.unpack(step.tokens, step.n_tokens)
+            # A stop token has no text.
+            given, n_cut = text.push(tokens[:-1] if step.stopped else tokens)
+            kept = tokens[:n_cut]
+            if request.n_logprobs is not None:
+                logprobs = step_logprobs(session, tokens, request.n_logprobs)[:n_cut]
+            check(lib.pf_session_commit(session, len(kept), commit_ms))
             tally.step(
                 step,
                 kept,

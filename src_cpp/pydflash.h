@@ -284,7 +284,8 @@ PF_API int64_t pf_session_n_committed(const pf_session * session); /* n_tokens, 
 PF_API uint64_t pf_session_state_bytes(const pf_session * session);
 PF_API int pf_session_get_state(pf_session * session, void * out, uint64_t size);
 /* Back to the first n committed tokens, with the state that get_state gave when the session stood there; nothing is
- * pending then. PF_ERR_ARGUMENT for a state that is not that of these tokens. For n = 0 no state is needed. */
+ * pending then. PF_ERR_ARGUMENT for a state that is not that of these tokens. For n = 0, and to drop
+ * no more than the pending token, no state is needed. */
 PF_API int pf_session_rewind(pf_session * session, int64_t n, const void * state, uint64_t size);
 /* KV rows of the committed tokens, a tensor at a time: size is n * kv_row_bytes (0 where there is no such tensor). */
 PF_API int32_t pf_session_n_kv(const pf_session * session);

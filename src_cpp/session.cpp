@@ -323,8 +323,10 @@ void Session::rewind(int64_t n, const void * state, uint64_t size) {
     if (n == 0) {
         return reset();
     }
-    check_state("rewind", tokens_.data(), n, state, size);
-    set_state(runner_.caches(), n, state);
+    if (n < n_ || size > 0) {
+        check_state("rewind", tokens_.data(), n, state, size);
+        set_state(runner_.caches(), n, state);
+    }
     n_ = n;
     tokens_.resize((size_t) n);
     chooser_.counts.rebuild(tokens_.data(), (uint64_t) n);

@@ -279,7 +279,7 @@ def test_text_without_a_tokenizer_is_empty() -> None:
     ("options", "sentence"),
     [
         ({"temprature": 1.0}, "no option 'temprature', did you mean 'temperature'?"),
-        ({"zzz": 1}, "it has prompt, max_tokens,"),
+        ({"zzz": 1}, "it has sampling, temperature,"),
         ({"temperature": -1}, "temperature is -1; it must be a number from 0 to 100"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": "hot"}, "temperature is 'hot'"),
@@ -341,7 +341,7 @@ def test_unknown_options_are_type_errors_too(tiny_session: Session) -> None:
         ([-1], pydflash.ArgumentError, r"prompt\[0\] is -1"),
         ([2**70], pydflash.ArgumentError, r"prompt\[0\] is 1180591620717411303424"),
         (["a"], pydflash.ArgumentError, "not a sequence of integer token ids"),
-        (None, pydflash.ArgumentError, "not a sequence of integer token ids"),
+        (3, pydflash.ArgumentError, "not a sequence of integer token ids"),
         ([1.0], pydflash.ArgumentError, "not a sequence of integer token ids"),
         (b"text", pydflash.ArgumentError, "not a sequence of integer token ids"),
         ([1] * 512, pydflash.ContextFullError, "512 tokens, 1 too many for n_ctx=512 and one token of output"),
@@ -465,7 +465,7 @@ def test_a_stream_ends_when_its_timeline_is_taken(tiny_session: Session) -> None
         stream = iter(tiny_session.stream(PROMPT, max_tokens=30, **SAMPLED))
         next(stream)
         take()
-        with pytest.raises(pydflash.StateError, match="another call has replaced"):
+        with pytest.raises(pydflash.StateError, match="another call has changed"):
             next(stream)
 
 
@@ -512,11 +512,14 @@ def test_an_interrupt_between_step_and_commit(tiny_session: Session, monkeypatch
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    expected = tiny_session.generate(PROMPT, max_tokens=30, **SAMPLED).ids
     with monkeypatch.context() as patch:
         patch.setattr(TextStream, "push", interrupt)
         with pytest.raises(KeyboardInterrupt):
             tiny_session.generate(PROMPT)
-    assert tiny_session.n_tokens == 0
+    # The step was verified, so its first token stands.
+    assert tiny_session.n_tokens == len(tiny_session.tokenize(PROMPT)) + 1
+    assert tiny_session.generate(PROMPT, max_tokens=30, **SAMPLED).ids == expected
     assert tiny_session.logits([1, 2]).shape == (2, 288)
 
 
