@@ -672,7 +672,7 @@ class Session:
         with self._lock:
             if not self._finalizer.alive:
                 raise StateError("the session is closed")
-            # After an interrupt between a step and its commit the first token of the step stands; else this does nothing.
+            # After an interrupt between a step and its commit the step's first token stands; else this does nothing.
             lib.pf_session_commit(self._core.session, 1, ffi.NULL)
             yield
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pydflash import errors, models, options
-from pydflash._handles import Handles, draft_file
+from pydflash._handles import Handles, Models, draft_file
 from pydflash._lib import check, ffi, lib
 from tests.tiny_models import TinyDraft, TinyTarget
 
@@ -27,10 +27,10 @@ MORE = [int(i) for i in RNG.integers(0, 288, 40)]
 class Core:
     """One session of the core."""
 
-    def __init__(self, handles: Handles, **fields: Any) -> None:
+    def __init__(self, pair: Models, **fields: Any) -> None:
         given = {"n_ctx": 400, "kv_type": "f32", "n_batch": 64, "n_ring": 4096, "n_threads": 1, "budget": 8}
-        handles.open_session(options.session_params(**{**given, **fields}))
-        self.session = handles.session
+        self.handles = Handles(pair, options.session_params(**{**given, **fields}))
+        self.session = self.handles.session
         self.configure()
 
     def configure(self, **fields: Any) -> None:
@@ -107,9 +107,16 @@ Open = Callable[..., Core]
 
 def opener(target: Path, draft: Path | None) -> Iterator[Open]:
     """Opens sessions on one pair of models, which live until the test is over."""
-    handles = Handles(target, draft, "cpu")
-    yield lambda **fields: Core(handles, **fields)
-    handles.free()
+    pair = Models(target, draft, "cpu")
+    opened: list[Core] = []
+
+    def open_one(**fields: Any) -> Core:
+        opened.append(Core(pair, **fields))
+        return opened[-1]
+
+    yield open_one
+    for core in opened:
+        core.handles.free()
 
 
 @pytest.fixture(params=["plain", "drafted", "attention only", "shipped"])
