@@ -14,7 +14,7 @@ import resource
 import sys
 from html.parser import HTMLParser
 
-CPU_SECONDS = 20
+CPU_SECONDS = 30
 DROPPED = frozenset(("script", "style", "template", "svg", "iframe", "object", "noscript"))
 PARAGRAPHS = frozenset(
     ("address", "article", "aside", "blockquote", "body", "details", "dl", "fieldset", "figcaption", "figure")

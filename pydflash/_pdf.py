@@ -32,9 +32,11 @@ class Slow(BaseException):
 
 def read(stream: BinaryIO, max_characters: int, page_seconds: float = PAGE_SECONDS) -> dict[str, Any]:
     """The object that is printed. Raises nothing that a file could bring about."""
-    import pypdf
-    from pypdf.errors import DependencyError, FileNotDecryptedError, WrongPasswordError
-
+    try:
+        import pypdf
+        from pypdf.errors import DependencyError, FileNotDecryptedError, WrongPasswordError
+    except ImportError:
+        return {"error": "package", "detail": "is a PDF, which needs a package more: run 'pip install pypdf'"}
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
     pages: list[str | None] = []
     n_slow = n_characters = 0
@@ -65,7 +67,7 @@ def read(stream: BinaryIO, max_characters: int, page_seconds: float = PAGE_SECON
                     return {"error": "large", "detail": f"holds over {max_characters:,} characters"}
     except DependencyError:
         return {
-            "error": "package",
+            "error": "encrypted",
             "detail": "is encrypted with AES, which needs a package more: run 'pip install pypdf[crypto]'",
         }
     except (FileNotDecryptedError, WrongPasswordError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import os
 import random
@@ -183,6 +184,27 @@ def test_encrypted_pdf(tmp_path: Path) -> None:
     assert only(tmp_path / "open.pdf", encrypted("")).text == "[page 1]\nsecret"
     error = refused(tmp_path / "shut.pdf", encrypted("password"))
     assert (error.reason, str(error)) == ("encrypted", f"{tmp_path}/shut.pdf is protected by a password")
+
+
+def test_pdf_encrypted_with_aes(tmp_path: Path) -> None:
+    if importlib.util.find_spec("cryptography") or importlib.util.find_spec("Crypto"):
+        assert only(tmp_path / "open.pdf", encrypted("", "AES-256")).text == "[page 1]\nsecret"
+        assert refused(tmp_path / "shut.pdf", encrypted("password", "AES-256")).reason == "encrypted"
+        return
+    # The same keys serve RC4 and AES of 128 bits (ISO 32000-1, 7.6.3): only what is said of the cipher is changed.
+    crypt = b"/V 4\n/R 4\n/CF << /StdCF << /CFM /AESV2 /Length 16 >> >>\n/StmF /StdCF\n/StrF /StdCF\n/Length 128"
+    data = encrypted("").replace(b"/V 2\n/R 3\n/Length 128", crypt)
+    assert crypt in data
+    error = refused(tmp_path / "a.pdf", data)
+    assert (error.reason, "pip install pypdf[crypto]" in str(error)) == ("encrypted", True)
+
+
+def test_without_pypdf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "f", {"a.pdf": pdf("x"), "b.txt": "b"})
+    monkeypatch.setattr(documents, "START", "import sys; sys.modules['pypdf'] = None\n" + documents.START)
+    for path in (tmp_path / "f" / "a.pdf", tmp_path / "f"):  # nor is it counted silently
+        with pytest.raises(DocumentError, match="pip install pypdf"):
+            read_documents(path)
 
 
 def test_pdf_that_says_nothing(tmp_path: Path) -> None:
