@@ -146,11 +146,24 @@ def test_what_is_no_readable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert refused(tmp_path / "big.txt").reason == "large"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(tmp_path: Path) -> None:
-    (tmp_path / "a.txt").write_text("a")
-    (tmp_path / "a.txt").chmod(0)
-    assert refused(tmp_path / "a.txt").reason == "unreadable"
+def test_no_permission(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "f", {"a.txt": "a", "b/c.txt": "c", "d.txt": "d"})
+
+    def guarded(function: Any, forbidden: str) -> Any:  # since the superuser may read everything
+        def guard(path: Any, *arguments: Any) -> Any:
+            if os.path.basename(path) == forbidden:
+                raise PermissionError(13, "Permission denied", str(path))
+            return function(path, *arguments)
+
+        return guard
+
+    monkeypatch.setattr(os, "open", guarded(os.open, "a.txt"))
+    monkeypatch.setattr(os, "scandir", guarded(os.scandir, "b"))
+    error = refused(tmp_path / "f" / "a.txt")
+    assert (error.reason, str(error)) == ("unreadable", f"{tmp_path}/f/a.txt cannot be read: Permission denied")
+    assert refused(tmp_path / "f" / "b").reason == "unreadable"
+    found = read_documents(tmp_path / "f")
+    assert ([d.name for d in found], found.skipped) == (["f/d.txt"], {"unreadable": 2})
 
 
 # ---- PDF ---------------------------------------------------------------------------------------------------------
