@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.gguf_files import BOOL, F32, I32, STRING, U64, File, Tensor, array_key, key, text, write_sample
+from tests.hub_server import Repo, serving
 from tests.pseudo_terminal import PseudoTerminal
 from tests.test_run import one_core
 
@@ -193,3 +194,41 @@ def test_bench_compares_ways_that_say_the_same(tiny_target: Path, tiny_draft: Pa
     table = run("bench", *pair[:2], *pair[4:], *short).stdout.splitlines()
     assert table[0].split()[:2] == ["tokens/s", "of"]
     assert [line.split()[0] for line in table[1:-1]] == ["plain"]  # without a drafter there is no other way
+
+
+# ---- models by name --------------------------------------------------------------------------------------------------
+
+
+def test_a_pair_is_pulled_and_then_runs_by_its_name(tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
+    cache = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_TOKEN": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def pydflash(*arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pydflash", *map(str, arguments)]
+        return subprocess.run(
+            command, env=cache | env, input="", capture_output=True, text=True, check=False, preexec_fn=one_core
+        )
+
+    name = ("some/target", "--draft", "some/draft")
+    ask = ("--prompt", "a", "-n", 8, "--kv-type", "f32", "--json")
+    missing = pydflash("run", "--target", *name, *ask)
+    assert (missing.returncode, missing.stdout) == (1, "")
+    assert missing.stderr == (
+        "error: some/target is not on this machine yet: run 'pydflash pull some/target --draft some/draft'\n"
+    )
+    assert "pydflash pull qwen3.5-27b" in pydflash("plan", "--target", "qwen3.5-27b").stderr
+    assert "did you mean 'qwen3.5-27b'" in pydflash("plan", "--target", "qwen3.5-27").stderr
+    with serving() as hub:
+        hub.repos["some/target"] = Repo({"target.gguf": tiny_target.read_bytes()})
+        hub.repos["some/draft"] = Repo({"draft.gguf": tiny_draft.read_bytes()})
+        pulled = pydflash("pull", *name, HF_ENDPOINT=hub.endpoint)
+    assert pulled.returncode == 0, pulled.stderr
+    assert pulled.stderr == ""
+    target, draft = (line.split()[1] for line in pulled.stdout.splitlines())
+    assert Path(target).read_bytes() == tiny_target.read_bytes()
+    assert Path(draft).read_bytes() == tiny_draft.read_bytes()
+    assert pydflash("pull", *name, "--local-files-only").stdout == pulled.stdout
+    by_name = json.loads(pydflash("run", "--target", *name, *ask).stdout)
+    by_path = json.loads(pydflash("run", "--target", tiny_target, "--draft", tiny_draft, *ask).stdout)
+    assert (by_name["ids"], by_name["n_steps"]) == (by_path["ids"], by_path["n_steps"])
+    plain = json.loads(pydflash("run", "--target", "some/target", "--no-draft", *ask).stdout)
+    assert (plain["ids"], plain["n_steps"]) == (by_path["ids"], 8)

@@ -12,9 +12,10 @@ import os
 import sys
 from importlib import import_module
 
+from pydflash import __version__
 from pydflash.errors import ArgumentError, PydflashError
 
-COMMANDS = ("run", "plan", "info", "convert", "bench")
+COMMANDS = ("run", "plan", "info", "pull", "convert", "bench")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
@@ -22,6 +23,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="pydflash", description="GGUF models of the Qwen3.5 kind with DFlash drafting.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"pydflash {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for name in COMMANDS:
         module = import_module(f"pydflash.cli.{name}")

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from pydflash.errors import ArgumentError, ModelFileError
+from pydflash.errors import ArgumentError, HubError, ModelFileError
 
 if TYPE_CHECKING:
     import pydflash
 
-BUDGET = 16  # Session's own default
+BUDGET, CACHE_SIZE = 16, "16GiB"  # Session's own defaults
 
 
 def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
     """--target and --draft."""
     group = parser.add_argument_group("models")
     shipped = "" if required else " (default: the tiny one that ships with pydflash)"
-    group.add_argument("--target", required=required, metavar="GGUF", help=f"the model{shipped}")
+    group.add_argument(
+        "--target", required=required, metavar="GGUF", help=f"the model, or the name of one that was pulled{shipped}"
+    )
     group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a GGUF, or a folder as z-lab lays it out")
 
 
-def add_session(parser: argparse.ArgumentParser) -> None:
-    """Where a session runs and what it sets memory aside for."""
+def add_session(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
+    """Where a session runs and what it sets memory aside for; runs: a plan has no threads."""
     group = parser.add_argument_group("session")
     group.add_argument(
         "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default) is cuda where that can be had"
@@ -40,6 +43,35 @@ def add_session(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--n-batch", type=int, default=512, metavar="N", help="prefill chunk in tokens (default: 512)")
     group.add_argument(
         "--n-ring", type=int, default=4096, metavar="N", help="positions the drafter sees (default: 4096)"
+    )
+    if runs:
+        group.add_argument("--n-threads", type=int, metavar="N", help="of the CPU (default: one for each core)")
+
+
+def add_cache(parser: argparse.ArgumentParser) -> None:
+    """Long prompts kept on disk."""
+    group = parser.add_argument_group("documents read before")
+    group.add_argument("--cache-dir", metavar="DIR", help="keep long prompts there, so that they are read only once")
+    group.add_argument(
+        "--cache-size", default=CACHE_SIZE, metavar="SIZE", help=f"what that may take (default: {CACHE_SIZE})"
+    )
+
+
+def add_documents(parser: argparse._ArgumentGroup) -> None:
+    """--file, which may be given again."""
+    parser.add_argument(
+        "--file", action="append", metavar="PATH", help="a document, or a folder of them; may be given again"
+    )
+
+
+def add_thinking(parser: argparse._ArgumentGroup) -> None:
+    """--think and --no-think; neither leaves it to the model's template."""
+    parser.add_argument(
+        "--think",
+        dest="thinking",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="whether the model thinks before it answers (default: as its template has it)",
     )
 
 
@@ -143,6 +175,26 @@ def response_format(options: argparse.Namespace) -> Mapping[str, Any] | None:
     return None
 
 
+def find_models(target: str, draft: str | None) -> tuple[str, str | None]:
+    """Target and drafter as paths. What is no file may be the name of something that `pydflash pull` has got."""
+
+    def is_path(name: str) -> bool:
+        return name.endswith(".gguf") or os.path.exists(name)
+
+    if is_path(target) and (draft is None or is_path(draft) or "/" not in draft):
+        return target, draft
+    from pydflash import hub
+
+    try:
+        pair = hub.pull(target, draft=draft, local_files_only=True)
+    except HubError as error:
+        if error.reason != "offline":
+            raise
+        names = target if draft is None else f"{target} --draft {draft}"
+        raise HubError(f"{target} is not on this machine yet: run 'pydflash pull {names}'", reason="offline") from None
+    return os.fspath(pair.target), None if pair.draft is None else os.fspath(pair.draft)
+
+
 def open_session(options: argparse.Namespace, *, budget: int | None = None) -> pydflash.Session:
     """A session as the options of models, session and, where a command has it, drafting say."""
     import pydflash
@@ -150,13 +202,16 @@ def open_session(options: argparse.Namespace, *, budget: int | None = None) -> p
     from pydflash.options import kv_type_of
 
     target, draft = options.target, options.draft
-    if getattr(options, "no_draft", False) and target is None:
+    plain = getattr(options, "no_draft", False)
+    if target is not None:
+        target, draft = find_models(target, draft)
+    elif plain:
         target = models.target_path()
     if budget is None:
         budget = BUDGET if options.budget is None else options.budget
     return pydflash.Session(
         target,
-        draft,
+        None if plain else draft,
         n_ctx=options.n_ctx,
         kv_type=kv_type_of(options.kv_type),
         budget=budget,
@@ -164,4 +219,7 @@ def open_session(options: argparse.Namespace, *, budget: int | None = None) -> p
         device=options.device,
         n_batch=options.n_batch,
         n_ring=options.n_ring,
+        n_threads=options.n_threads,
+        cache_dir=getattr(options, "cache_dir", None),
+        cache_size=getattr(options, "cache_size", CACHE_SIZE),
     )

@@ -20,7 +20,7 @@ HELP = "how much memory a session will take"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     common.add_models(parser, required=True)
-    common.add_session(parser)
+    common.add_session(parser, runs=False)
     parser.add_argument(
         "--budget",
         type=int,
@@ -40,9 +40,10 @@ def run(options: argparse.Namespace) -> int:
     from pydflash.options import kv_type_of
     from pydflash.plan import plan
 
+    target, draft = common.find_models(options.target, options.draft)
     made = plan(
-        options.target,
-        options.draft,
+        target,
+        draft,
         n_ctx=options.n_ctx,
         kv_type=kv_type_of(options.kv_type),
         budget=options.budget,

@@ -1,11 +1,12 @@
-"""Continue a prompt: text to stdout as it comes, one line of figures to stderr.
+"""Continue a prompt, or answer it with --chat: text to stdout as it comes, all else to stderr.
 
     pydflash run --prompt "def fibonacci(n):"
     pydflash run -f prompt.txt --target model.gguf --draft drafter/ --temperature 0.7 --seed 1
+    pydflash run --chat --file contract.pdf --prompt "Who may end it, and when?"
     git diff | pydflash run --json
 
-Without --target the tiny pair runs that ships with pydflash. The prompt is continued to the character: a final newline
-of a file or pipe is part of it. Exit codes: 0 done, 1 could not, 2 wrong usage, 130 stopped by Ctrl-C.
+Without --target the tiny pair runs that ships with pydflash. The prompt is taken to the character: a final newline of a
+file or pipe is part of it. Exit codes: 0 done, 1 could not, 2 wrong usage, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydflash.cli import common, terminal
+from pydflash.cli.answer import AnswerWriter
 from pydflash.errors import ModelFileError
 
 if TYPE_CHECKING:
     import pydflash
+    from pydflash.tokenizer import Tokenizer
 
 HELP = "continue a prompt"
 
@@ -31,13 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = prompt.add_mutually_exclusive_group()
     source.add_argument("--prompt", "-p", metavar="TEXT", help="the prompt; '-' reads stdin, as does a pipe without it")
     source.add_argument("--prompt-file", "-f", metavar="FILE", help="read the prompt from a file, '-' for stdin")
-    prompt.add_argument("--raw", action="store_true", help="no chat template: what happens in any case")
+    common.add_documents(prompt)
+    chat = parser.add_argument_group("chat")
+    template = chat.add_mutually_exclusive_group()
+    template.add_argument("--chat", action="store_true", help="a user's message, in the model's chat template")
+    template.add_argument("--raw", action="store_true", help="text to go on with (default)")
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
+    common.add_thinking(chat)
     common.add_models(parser)
     common.add_session(parser)
+    common.add_cache(parser)
     common.add_drafting(parser)
     common.add_sampling(parser, n_gen=128)
+    common.add_format(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object instead of streaming text")
+    output.add_argument(
+        "--logprobs",
+        type=int,
+        metavar="N",
+        help="with --json: each token's log-probability, and the N likeliest instead of it",
+    )
+    output.add_argument("--show-drafted", action="store_true", help="on a terminal, drafted tokens in another shade")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -45,12 +64,23 @@ def run(options: argparse.Namespace) -> int:
     common.check_drafting(options)
     if options.prompt is None and options.prompt_file is None and sys.stdin.isatty():
         options.usage_error("no prompt: give --prompt TEXT, -f FILE, or pipe it in")
+    if options.logprobs is not None and not options.json:
+        options.usage_error("--logprobs goes with --json")
+    if not options.chat and (options.system is not None or options.thinking is not None):
+        options.usage_error("--system, --think and --no-think go with --chat")
+    settings = common.sampling(options)
+    if options.logprobs is not None:
+        settings["logprobs"] = options.logprobs
+    form = common.response_format(options)
+    if form is not None:
+        settings["response_format"] = form
     prompt = read_prompt(options)
+    documents = read_documents(options.file or ())
     with common.open_session(options) as session:
-        result = generate(session, prompt, options)
-    if options.json or sys.stdout.isatty():  # a file gets the text to the character
-        print(json.dumps(as_dict(result)) if options.json else "", flush=True)
-    print(figures(result, options.temperature or 0), file=sys.stderr)
+        result = generate(session, prompt, documents, settings, options)
+    if options.json:
+        print(json.dumps(as_dict(result, session.tokenizer, chat=options.chat)), flush=True)
+    print(figures(result, settings.get("temperature", 0)), file=sys.stderr)
     return 130 if result.finish_reason == "cancelled" else 0
 
 
@@ -68,23 +98,47 @@ def read_prompt(options: argparse.Namespace) -> str:
         raise ModelFileError(f"the prompt is not UTF-8: {error}") from None
 
 
-def generate(session: pydflash.Session, prompt: str, options: argparse.Namespace) -> pydflash.Result:
+def read_documents(paths: Sequence[str]) -> list[str]:
+    """The documents as prompts."""
+    if not paths:
+        return []
+    from pydflash.documents import read_documents
+
+    return [document.as_prompt() for path in paths for document in read_documents(path)]
+
+
+def generate(
+    session: pydflash.Session, prompt: str, documents: list[str], settings: dict[str, Any], options: argparse.Namespace
+) -> pydflash.Result:
     """The run; Ctrl-C ends it at its next step."""
+    writer = AnswerWriter(session.tokenizer, drafted=options.show_drafted)
     with terminal.cancelling(session) as interrupted:
-        for chunk in session.stream(prompt, **common.sampling(options)):
+        with terminal.reading("reading") as progress:
+            if options.chat:
+                messages = [{"role": "user", "content": text} for text in (*documents, prompt)]
+                if options.system is not None:
+                    messages.insert(0, {"role": "system", "content": options.system})
+                chunks = session.stream_chat(messages, thinking=options.thinking, progress=progress, **settings)
+            else:
+                chunks = session.stream("".join((*documents, prompt)), progress=progress, **settings)
+            chunk = next(chunks)
+        while True:
             if not options.json:
-                terminal.write(chunk.text)
+                writer.push(chunk)
             if interrupted.pressed:  # it may have come before the run began
                 session.cancel()
             if chunk.result is not None:
-                return chunk.result
-    raise AssertionError("a run ends with a result")
+                break
+            chunk = next(chunks)
+    if options.chat or sys.stdout.isatty():  # a file gets a prompt's continuation to the character
+        writer.finish()
+    return chunk.result
 
 
-def as_dict(result: pydflash.Result) -> dict[str, Any]:
+def as_dict(result: pydflash.Result, tokenizer: Tokenizer | None, *, chat: bool) -> dict[str, Any]:
     """What --json prints."""
     stats = result.stats
-    return {
+    out: dict[str, Any] = {
         "text": result.text,
         "ids": result.ids,
         "n_prompt": stats.n_prompt,
@@ -98,6 +152,24 @@ def as_dict(result: pydflash.Result) -> dict[str, Any]:
         "output_hash": stats.output_hash,
         "finish_reason": result.finish_reason,
     }
+    if chat:
+        out |= {"content": result.content, "reasoning": result.reasoning, "tool_calls": result.tool_calls}
+    if result.logprobs is not None:
+        out["logprobs"] = [
+            {
+                "id": token.id,
+                "token": _text(tokenizer, token.id),
+                "logprob": token.logprob,
+                "top": [{"id": i, "token": _text(tokenizer, i), "logprob": logprob} for i, logprob in token.top],
+            }
+            for token in result.logprobs
+        ]
+    return out
+
+
+def _text(tokenizer: Tokenizer | None, token_id: int) -> str | None:
+    known = tokenizer is not None and token_id < tokenizer.n_vocab  # a target may have more rows than its vocabulary
+    return tokenizer.decode([token_id]) if tokenizer is not None and known else None
 
 
 def figures(result: pydflash.Result, temperature: float) -> str:

@@ -9,19 +9,21 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import pydflash
+    from pydflash._timeline import Progress
 
 # Control characters, what turns the direction of writing, line separators, and halves of characters.
 _UNSAFE = r"\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff"
 _UNSAFE_IN_TEXT = re.compile(f"[{_UNSAFE}]")
 _UNSAFE_IN_LINE = re.compile(f"[{_UNSAFE}\n\t]")
-PLAIN_PROGRESS_EVERY = 10  # seconds between lines where there is no terminal
+BAR_AFTER = 0.5  # seconds before a bar is drawn
+LINE_EVERY = 10  # seconds between lines where there is no terminal
 
 
 def visible(text: str) -> str:
@@ -36,12 +38,6 @@ def one_line(text: str) -> str:
 
 def _spelt(match: re.Match[str]) -> str:
     return match[0].encode("unicode_escape").decode()
-
-
-def write(text: str) -> None:
-    """Text of a model to stdout: to the character, unless a terminal shows it."""
-    sys.stdout.write(visible(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[int] = ()) -> None:
@@ -72,39 +68,61 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequenc
 
 @contextmanager
 def progress(label: str, unit: str) -> Iterator[Callable[[float, float], None]]:
-    """Gives a function to call with what is done and the total: a bar on stderr, or a line now and then."""
-    if sys.stderr.isatty():
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    """Gives a function to call with what is done and the total: a bar on stderr, or a line now and then.
 
-        columns = (
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            TextColumn("{task.fields[done]}", markup=False),
-            TimeRemainingColumn(compact=True),
-        )
-        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-            task = bar.add_task(one_line(label), total=None, done="")
+    What is over in a moment shows nothing.
+    """
+    show = _bar(label, unit) if sys.stderr.isatty() else _lines(label, unit)
+    try:
+        next(show)
+        yield lambda done, total: show.send((done, total))
+    finally:
+        show.close()
 
-            def draw(done: float, total: float) -> None:
-                speed = bar.tasks[task].finished_speed or bar.tasks[task].speed
-                rate = f", {speed:,.0f} {unit}/s" if speed else ""
-                bar.update(task, completed=done, total=total, done=f"{done:,.0f} of {total:,.0f} {unit}{rate}")
 
-            yield draw
-        return
+def _bar(label: str, unit: str) -> Generator[None, tuple[float, float], None]:
+    from rich.console import Console
+    from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        TextColumn("{task.fields[done]}", markup=False),
+        TimeRemainingColumn(compact=True),
+    )
+    bar = Bar(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(one_line(label), total=None, done="")
+    started = time.monotonic()
+    try:
+        while True:
+            done, total = yield
+            speed = bar.tasks[task].speed
+            rate = f", {speed:,.0f} {unit}/s" if speed else ""
+            bar.update(task, completed=done, total=total, done=f"{done:,.0f} of {total:,.0f} {unit}{rate}")
+            if time.monotonic() - started > BAR_AFTER:
+                bar.start()  # starting twice is fine
+    finally:
+        bar.stop()
+
+
+def _lines(label: str, unit: str) -> Generator[None, tuple[float, float], None]:
     started = told = time.monotonic()
-
-    def tell(done: float, total: float) -> None:
-        nonlocal told
+    while True:
+        done, total = yield
         now = time.monotonic()
-        if now - told >= PLAIN_PROGRESS_EVERY:
+        if now - told >= LINE_EVERY and done:
             told = now
-            left = (now - started) / done * (total - done) if done else float("nan")
+            left = (now - started) / done * (total - done)
             line = f"{one_line(label)}: {done:,.0f} of {total:,.0f} {unit}, {left:,.0f} s left"
             print(line, file=sys.stderr, flush=True)
 
-    yield tell
+
+@contextmanager
+def reading(label: str) -> Iterator[Callable[[Progress], None]]:
+    """Shows how far a prompt has been evaluated; for the `progress` of a session's calls."""
+    with progress(label, "tokens") as show:
+        yield lambda state: show(state.n_done, state.n_total)
 
 
 class Interrupted:
