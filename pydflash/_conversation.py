@@ -103,9 +103,7 @@ def checked_messages(messages: Any) -> list[Message]:
         )
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise ArgumentError(
-                f"messages[{i}] is no mapping with a 'role', such as {{'role': 'user', 'content': ...}}"
-            )
+            raise ArgumentError(f"messages[{i}] must be {{'role': ..., 'content': ...}}, not {message!r:.60}")
     if not messages:
         raise ArgumentError("messages is empty: give at least one")
     return [dict(message) for message in messages]

@@ -6,12 +6,11 @@ what that means `_conversation`'s; one run is in `_run`, its settings in `sampli
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
@@ -41,18 +40,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Unpack
 
+    from pydflash.documents import Documents
     from pydflash.sampling import Settings
 
 Ids = Iterable[SupportsIndex]
 Messages = Sequence[Mapping[str, Any]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A place on a session's timeline to go back to: its first n_tokens tokens."""
+    """A timeline to go back to: n_tokens tokens, and the messages they mean."""
 
     n_tokens: int
-    digest: bytes  # of those tokens
+    _ids: NDArray[np.int32] = field(repr=False)  # [n_tokens]
+    _conversation: Conversation = field(repr=False)
 
 
 class Session:
@@ -313,48 +314,57 @@ class Session:
             self._conversation.freeze(self._held.tokens().tolist())
             return self._held.n_tokens
 
-    def append_document(self, path: PathLike, *, progress: Callable[[Progress], None] | None = None) -> int:
-        """Reads a document, or a folder of them, behind what the session holds; see `pydflash.documents`.
+    def append_document(self, path: PathLike, *, progress: Callable[[Progress], None] | None = None) -> Documents:
+        """Puts a document, or a folder of them, behind what the session holds; gives what was read (see
+        `pydflash.documents`).
 
         A user's message each, where the model has a chat template, else text. Raises DocumentError, and what `append`
         does.
         """
         from pydflash.documents import read_documents
 
-        documents = [document.as_prompt() for document in read_documents(path)]
         tokenizer = self._need_tokenizer()
-        if tokenizer.chat_template is None:
-            return self.append("".join(documents), progress=progress)
-        return self._append_messages([{"role": "user", "content": text} for text in documents], progress)
+        documents = read_documents(path)
+        texts = [document.as_prompt() for document in documents]
+        try:
+            if tokenizer.chat_template is None:
+                self.append("".join(texts), progress=progress)
+            else:
+                self._append_messages([{"role": "user", "content": text} for text in texts], progress)
+        except ContextFullError as error:
+            raise ContextFullError(f"{path} does not fit: {error}", need=error.need, free=error.free) from None
+        return documents
 
     def checkpoint(self) -> Checkpoint:
         """This place, to `rewind` to later."""
         with self._open():
             self._held.snapshot()
             ids = self._held.tokens()
-            return Checkpoint(len(ids), _digest(ids))
+            return Checkpoint(len(ids), ids, self._conversation.copy())
 
     @checked_options
     def rewind(self, to: Checkpoint | int) -> None:
         """Back to a checkpoint, or to the first so many tokens; what followed them never happened.
 
-        Takes the evaluation of the tokens since the nearest place whose state was kept. `messages` goes back with it to
-        the end of a call; elsewhere the tokens stay as they are, and messages begin anew behind them. Raises
-        ArgumentError, and StateError when the checkpoint is of another timeline; nothing has changed then.
+        Takes the evaluation of the tokens since the nearest place whose state was kept. After so many tokens `messages`
+        are those of the call that ended there; where none did, the tokens stay as they are and messages begin anew
+        behind them. Raises ArgumentError; nothing has changed then.
         """
         with self._changing():
-            ids = self._held.tokens()
-            n = options.integer("to", to.n_tokens if isinstance(to, Checkpoint) else to, 0, len(ids))
-            if isinstance(to, Checkpoint) and _digest(ids[:n]) != to.digest:
-                raise StateError(
-                    "this checkpoint is of another timeline: what stands before it has changed since, or it is another "
-                    "session's"
-                )
-            if n == 0:
+            if isinstance(to, Checkpoint):
+                ids = to._ids
+                conversation = to._conversation.copy()
+            else:
+                held = self._held.tokens()
+                ids = held[: options.integer("to", to, 0, len(held))]
+                conversation = self._conversation.copy()
+                conversation.back_to(ids.tolist())
+            self._check_room(len(ids), 0)
+            if len(ids):
+                self._held.extend_to(ids)
+            else:
                 self._held.clear()
-            elif n < len(ids):
-                self._held.extend_to(ids[:n])
-            self._conversation.back_to(ids[:n].tolist())
+            self._conversation = conversation
 
     def reset(self) -> None:
         """Back to the empty timeline."""
@@ -700,7 +710,3 @@ class _Prompt:
     raw: Sequence[int] = ()
     messages: list[Message] | None = None
     tools: Sequence[Mapping[str, Any]] = ()
-
-
-def _digest(ids: NDArray[np.int32]) -> bytes:
-    return hashlib.blake2b(ids.tobytes(), digest_size=16).digest()
