@@ -65,7 +65,6 @@ class Plan:
     rings: list[tuple[int, int, int]]  # n_ring, tokens of a prompt, prompts
     ring_depths: list[int]  # exactness of the ring of the last n_ring
     n_gen: int
-    deepest_rounded: int  # of quantised caches: the CPU's attention unpacks them again for every token
 
 
 FULL = Plan(
@@ -78,7 +77,6 @@ FULL = Plan(
     rings=[(256, 1_000, 60), (512, 1_000, 200), (4096, 6_144, 40)],
     ring_depths=[4_095, 4_096, 4_097, 8_192, 10_000],
     n_gen=64,
-    deepest_rounded=32_000,
 )
 QUICK = Plan(
     depths=[300, 1_200],
@@ -90,7 +88,6 @@ QUICK = Plan(
     rings=[(256, 600, 4)],
     ring_depths=[255, 257, 700],
     n_gen=16,
-    deepest_rounded=1_200,
 )
 
 
@@ -130,9 +127,9 @@ class Bench:
         draft = self.f32_draft() if f32 else self.draft
         return pydflash.Session(self.legal_target(f32=f32), draft, kv_type=kv_type, **given)
 
-    def depths(self, wanted: list[int], kv_type: str, room: int) -> list[int]:
-        """The depths that the context has room for, and of quantised caches those that the CPU has time for."""
-        most = min(self.a.n_ctx - room, self.a.deepest or self.plan.deepest_rounded if kv_type[0] == "q" else 1 << 31)
+    def depths(self, wanted: list[int], room: int) -> list[int]:
+        """The depths that the context has room for, down to the deepest that is asked for."""
+        most = min(self.a.n_ctx - room, self.a.deepest or self.a.n_ctx)
         return [depth for depth in wanted if depth <= most]
 
     def write(self, part: str, rows: list[dict[str, Any]], markdown: str) -> None:
@@ -158,40 +155,38 @@ class Bench:
 
 
 def equal(bench: Bench) -> None:
-    """Decodes plainly and with a tree behind the same prompts; samples the anonymous memory all the while."""
+    """One timeline through a long document; at each depth decodes plainly, goes back and decodes with a tree. Samples
+    the anonymous memory all the while."""
     plan, rows = bench.plan, []
-    for kv_type in bench.a.kv_types or ["f32", "q4_0"]:
+    for kv_type in bench.a.kv_types or ["f32", "f16", "q8_0", "q4_0"]:
         f32 = kv_type == "f32"  # exact to the token only when weights and cache are
-        depths = bench.depths(plan.depths, kv_type, plan.n_gen)
+        depths = bench.depths(plan.depths, plan.n_gen)
         with bench.session(kv_type, f32=f32) as session, timed(f"equal, {kv_type}"):
             opened = {"memory_opened_mib": round(anonymous_mib(), 1), "allocated_opened_mib": round(allocated_mib(), 1)}
             text = document(session, max(depths))
-            said: list[dict[str, list[int]]] = []
-            memory: list[float] = []  # MiB allocated, after each slice
-            flat_from = 0
+            timeline = Timeline(session)
+            progress = Progress(f"equal, {kv_type}", max(depths))
             for depth in depths:
-                row: dict[str, Any] = {"kv_type": kv_type, "weights": "F32" if f32 else "as shipped", "depth": depth}
-                said.append({})
-                for way, budget in (("plain", 0), ("tree", BUDGET)):
-                    timeline = Timeline(session)
-                    progress = Progress(f"{kv_type}, {depth:,}, {way}", depth)
-                    seconds = timeline.append(text[:depth], sampled(progress, memory))
-                    decoded = timeline.decode(plan.n_gen, budget=budget)
-                    memory.append(allocated_mib())
-                    said[-1][way] = decoded.ids
-                    row["prefill_tps"] = round(depth / seconds, 1)
-                    row[f"{way}_ms_per_token"] = round(decoded.ms_per_token, 3)
-                    row[f"{way}_per_pass"] = round(decoded.per_pass, 3)
-                row |= {**opened, "memory_mib": round(anonymous_mib(), 1), "allocated_mib": round(memory[-1], 1)}
-                # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
-                row["growth_mib"] = round(max(memory[flat_from:]) - memory[flat_from], 1)
-                flat_from = len(memory) - 1
-                rows.append(row)
-            for row, texts in zip(rows[-len(depths) :], said, strict=True):
-                at = parted(texts["plain"], texts["tree"])
-                row |= {"tokens": plan.n_gen, "same": plan.n_gen if at is None else at, "margin": ""}
+                memory: list[float] = []  # MiB allocated, after each slice since the depth before
+                timeline.append(text[timeline.n_tokens : depth], sampled(progress, memory))
+                here = timeline.mark()
+                plain = timeline.decode(plan.n_gen, budget=0)
+                timeline.back_to(here)
+                tree = timeline.decode(plan.n_gen, budget=BUDGET)
+                timeline.back_to(here)
+                memory.append(allocated_mib())
+                at = parted(plain.ids, tree.ids)
+                row = {"kv_type": kv_type, "weights": "F32" if f32 else "as shipped", "depth": depth}
+                row |= {"tree_per_pass": round(tree.per_pass, 3), "tokens": plan.n_gen}
+                row |= {"same": plan.n_gen if at is None else at, "margin": ""}
                 if at is not None:
-                    row["margin"] = round(margin(session, text[: row["depth"]] + texts["plain"][:at], texts, at), 5)
+                    timeline.decode(at, budget=0)
+                    row["margin"] = round(timeline.margin(plain.ids[at], tree.ids[at]), 5)
+                    timeline.back_to(here)
+                # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
+                row |= {**opened, "memory_mib": round(anonymous_mib(), 1), "allocated_mib": round(memory[-1], 1)}
+                row["growth_mib"] = round(max(memory) - memory[0], 1)
+                rows.append(row)
     bench.write("equal", rows, equal_markdown(rows))
 
 
@@ -205,20 +200,11 @@ def sampled(progress: Progress, memory: list[float]) -> Callable[[int, float], N
     return after
 
 
-def margin(session: pydflash.Session, ids: list[int], texts: dict[str, list[int]], at: int) -> float:
-    """How much the target prefers one of the two tokens at which two texts part, logits."""
-    row = session.logits(ids)[-1]
-    return float(abs(row[texts["plain"][at]] - row[texts["tree"][at]]))
-
-
 def equal_markdown(rows: list[dict[str, Any]]) -> str:
-    header = ["KV cache", "depth", "same tokens", "margin where they part", "prefill tokens/s", "plain ms/token",
-              "tree ms/token", "tokens per pass", "MiB touched"]  # fmt: skip
+    header = ["KV cache", "depth", "same tokens", "margin where they part", "tokens per pass", "MiB touched"]
     body = [
         (r["kv_type"], f"{r['depth']:,}", f"{r['same']} of {r['tokens']}", r["margin"] or "-",
-         f"{r['prefill_tps']:.0f}",
-         f"{r['plain_ms_per_token']:.1f}", f"{r['tree_ms_per_token']:.1f}", f"{r['tree_per_pass']:.2f}",
-         f"{r['memory_mib']:.0f}")
+         f"{r['tree_per_pass']:.2f}", f"{r['memory_mib']:.0f}")
         for r in rows
     ]  # fmt: skip
     memory = [
@@ -238,7 +224,7 @@ def speed(bench: Bench) -> None:
     """One timeline to the greatest depth; at each depth on the way some plain steps and some tree steps."""
     plan, rows = bench.plan, []
     for kv_type in bench.a.kv_types or ["f16", "q4_0"]:
-        depths = bench.depths(plan.speed_depths, kv_type, 2 * plan.speed_steps * len(plan.speed_depths))
+        depths = bench.depths(plan.speed_depths, 2 * plan.speed_steps * len(plan.speed_depths))
         with bench.session(kv_type) as session, timed(f"speed, {kv_type}"):
             text = document(session, max(depths))
             timeline = Timeline(session)
@@ -322,8 +308,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     p.add_argument("--rope-theta", type=float, metavar="X", help="default: the target's own")
     p.add_argument("--n-batch", type=int, default=512, metavar="N", help="tokens a prefill pass takes (default: 512)")
     p.add_argument("--n-threads", type=int, metavar="N", help="default: one a core; 1 on a machine that is busy")
-    p.add_argument("--deepest", type=int, metavar="N", help="of quantised caches (default: 32000)")
-    p.add_argument("--kv-types", nargs="+", metavar="TYPE", help="of equal (default: f32 q4_0), speed (f16 q4_0)")
+    p.add_argument("--deepest", type=int, metavar="N", help="of equal and speed (default: 100000)")
+    p.add_argument(
+        "--kv-types", nargs="+", metavar="TYPE", help="of equal (default: f32 f16 q8_0 q4_0), speed (f16 q4_0)"
+    )
     p.add_argument(
         "--unrotated",
         metavar="FOLDER",

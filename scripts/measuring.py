@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 import os
 import platform
 import sys
@@ -54,13 +55,22 @@ class Decoded:
         return sum(self.seconds) * 1e3 / len(self.ids)
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in a timeline to go back to: its committed tokens, their state, the token that was pending."""
+
+    n_committed: int
+    state: Any
+    pending: int
+
+
 class Timeline:
-    """An open session's timeline, from its beginning: append tokens, decode behind them, append more."""
+    """An open session's timeline, from its beginning: append tokens, decode behind them, go back, append more."""
 
     def __init__(self, session: pydflash.Session) -> None:
         self._session = session
         self._core = session._core.session
-        self._n_batch = session._n_batch
+        self._n_batch = session.plan.n_batch
         check(lib.pf_session_reset(self._core))
 
     @property
@@ -72,9 +82,10 @@ class Timeline:
         called behind each. Returns the seconds of all."""
         total = 0.0
         at = 0
-        first = 1 if self.n_tokens == 0 else 0  # one token always waits; the first slice may be longer by it
         while at < len(ids):
-            piece = list(ids[at : at + self._n_batch + (first if at == 0 else 0)])
+            # Up to the next multiple of a batch, and one token that waits: as the core would cut the whole.
+            end = (lib.pf_session_n_committed(self._core) // self._n_batch + 1) * self._n_batch + 1
+            piece = list(ids[at : at + end - self.n_tokens])
             start = time.perf_counter()
             check(lib.pf_session_append(self._core, piece, len(piece)))
             seconds = time.perf_counter() - start
@@ -83,10 +94,31 @@ class Timeline:
             after(len(piece), seconds)
         return total
 
-    def decode(self, n_tokens: int, *, budget: int, chain: bool = False, n_steps: int | None = None) -> Decoded:
+    def mark(self) -> Mark:
+        n, size = lib.pf_session_n_committed(self._core), lib.pf_session_state_bytes(self._core)
+        state, pending = ffi.new("char[]", size), ffi.new("int32_t *")
+        check(lib.pf_session_get_state(self._core, state, size))
+        check(lib.pf_session_get_tokens(self._core, n, 1, pending))
+        return Mark(n, state, pending[0])
+
+    def back_to(self, mark: Mark) -> None:
+        check(lib.pf_session_rewind(self._core, mark.n_committed, mark.state, len(mark.state)))
+        check(lib.pf_session_append(self._core, [mark.pending], 1))
+
+    def margin(self, a: int, b: int) -> float:
+        """By how much the target prefers one of two likely tokens to the other, logits; goes on by one."""
+        n_logprobs = lib.PF_MAX_LOGPROBS
+        self.decode(1, budget=0, logprobs=n_logprobs)
+        ids, logp = ffi.new("int32_t[]", n_logprobs), ffi.new("float[]", n_logprobs)
+        check(lib.pf_session_logprobs(self._core, ffi.new("float *"), ids, logp))
+        found = dict(zip(ids, logp, strict=True))
+        return abs(found.get(a, -math.inf) - found.get(b, -math.inf))
+
+    def decode(self, n_tokens: int, *, budget: int, chain: bool = False, n_steps: int | None = None,
+               logprobs: int | None = None) -> Decoded:  # fmt: skip
         """Greedy tokens, exactly so many unless n_steps end it earlier; end tokens do not end it."""
         params, _keep = options.generate_params(
-            temperature=0, top_k=0, top_p=1, min_p=0, seed=0, budget=budget, chain=chain, stop_ids=[]
+            temperature=0, top_k=0, top_p=1, min_p=0, seed=0, budget=budget, chain=chain, stop_ids=[], logprobs=logprobs
         )
         check(lib.pf_session_configure(self._core, params))
         step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
