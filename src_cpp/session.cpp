@@ -301,8 +301,8 @@ void Session::check_state(const char * what, const int32_t * ids, int64_t n, con
     }
 }
 
-uint64_t Session::state_bytes() const {
-    return pf::state_bytes(runner_.caches(), n_);
+uint64_t Session::state_bytes_at(int64_t n) const {
+    return n < 0 ? 0 : pf::state_bytes(runner_.caches(), n);
 }
 
 void Session::get_state(void * out, uint64_t size) const {

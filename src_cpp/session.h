@@ -41,7 +41,8 @@ class Session {
     }
 
     // Going back, keeping and moving a timeline; what is what is in snapshot.h.
-    uint64_t state_bytes() const; // of n_committed tokens
+    uint64_t state_bytes() const { return state_bytes_at(n_); }
+    uint64_t state_bytes_at(int64_t n) const; // of n committed tokens
     void get_state(void * out, uint64_t size) const;
     void rewind(int64_t n, const void * state, uint64_t size);
     int32_t n_kv() const;

@@ -200,6 +200,7 @@ def test_back_and_on(open_core: Open, kv_type: str, temperature: float) -> None:
     after = core.all()
     core.append(MORE)
     core.say(5)
+    assert lib.pf_session_state_bytes_at(core.session, n) == len(state)
     core.rewind(n, state)
     assert (core.tokens, core.n_committed, core.state()) == (PROMPT[:n], n, state)
     core.append(PROMPT[n:])
@@ -437,6 +438,7 @@ def test_no_session_is_no_crash() -> None:
     null = ffi.NULL
     assert lib.pf_session_n_committed(null) == 0
     assert lib.pf_session_state_bytes(null) == 0
+    assert lib.pf_session_state_bytes_at(null, 5) == 0
     assert lib.pf_session_n_kv(null) == 0
     assert lib.pf_session_kv_row_bytes(null, 0) == 0
     for status in (
