@@ -97,6 +97,15 @@ class Gguf:
         for i in range(lib.pf_gguf_n_keys(self._handle)):
             yield ffi.string(lib.pf_gguf_key(self._handle, i)).decode("utf-8", "replace")
 
+    def data_start(self) -> int | None:
+        """Where in the file the first tensor's data begins; None when there is no tensor."""
+        info = ffi.new("pf_tensor_info *")
+        starts = []
+        for i in range(lib.pf_gguf_n_tensors(self._handle)):
+            check(lib.pf_gguf_tensor(self._handle, i, info), path=self.path)
+            starts.append(int(info.offset))
+        return min(starts, default=None)
+
     def types(self, key: str) -> tuple[int, int | None]:
         """gguf's value type of a key, and of its elements if it is an array."""
         kind = int(lib.pf_gguf_type(self._handle, key.encode()))

@@ -65,11 +65,12 @@ def kill(path: Path, n: int) -> None:
             finally:
                 os._exit(1)
         os.close(say)
-        time.sleep(rng.uniform(0.001, 0.03))
+        latest = generation + len(os.read(started, 1))  # it has begun
+        time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         assert os.WIFSIGNALED(status), "the saver ended by itself"
-        latest = generation + len(os.read(started, 1000))
+        latest += len(os.read(started, 1000))
         os.close(started)
         found = load(path)
         assert found in (latest - 1, latest), f"{found} was found, {latest} was being saved"

@@ -1,0 +1,155 @@
+"""Documents that have been read once, as sessions in a folder: reading one again is a load, not a prefill.
+
+An entry is a saved session (see `store`) named after what it is good for: KEY-N-IDS.session, with a hash of models and
+settings, the number of tokens, and a hash of their ids. So a look-up is a listing and opens one file. The folder is
+bounded in bytes, the entry that was not used for longest goes first. Several processes may share it: writers take turns
+by a lock on the folder's `.lock`; readers need none, since what they have opened stays theirs when it is evicted.
+
+The cache saves time and nothing else: whatever is wrong with an entry or the disk is a miss and a line in the log.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydflash.errors import SessionFileError
+from pydflash.store import Core, SavedSession, restore_into, save_session, stored_bytes
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from pydflash.store import State
+
+_ENTRY = re.compile(r"([0-9a-f]{32})-([0-9]{1,10})-([0-9a-f]{32})\.session")
+_log = logging.getLogger("pydflash")
+
+
+class DocumentCache:
+    """The documents in a folder, at most max_bytes of them. SessionFileError when there can be no such folder."""
+
+    def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
+        self.folder = Path(folder)
+        self.max_bytes = max_bytes
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (self.folder / ".lock").touch(mode=0o600)
+        except OSError as error:
+            raise SessionFileError(
+                f"documents cannot be kept in {self.folder}: {error.strerror}",
+                path=self.folder,
+                what=str(error.strerror),
+            ) from error
+
+    def restore(self, core: Core, ids: NDArray[np.int32], *, more_than: int = 0) -> SavedSession | None:
+        """Makes the longest entry that `ids` begin with the session's timeline, if it has more than so many tokens.
+
+        Returns the entry, for its snapshots; the caller closes it. None: a miss, and the session is as it was, unless
+        an entry broke while it was read for the second time, after which the session is empty.
+        """
+        import numpy as np
+
+        for n, path in self._candidates(core, ids, more_than):
+            saved = None
+            try:
+                saved = SavedSession(path)
+                if not np.array_equal(saved.ids, ids[:n]):
+                    raise saved.wrong("holds other tokens than its name says", "section 'ids'")
+                restore_into(core, saved)
+            except BaseException as error:
+                if saved is not None:
+                    saved.close()
+                if not isinstance(error, SessionFileError):
+                    raise
+                if path.exists():  # else it has been evicted just now
+                    _log.warning("document cache: %s; the entry is removed", error)
+                    path.unlink(missing_ok=True)
+            else:
+                with suppress(OSError):
+                    os.utime(path)
+                return saved
+        return None
+
+    def put(self, core: Core, *, snapshots: Sequence[tuple[int, State]]) -> bool:
+        """Keeps what the session holds, and evicts what has no room beside it; whether it is there now."""
+        ids = core.ids()
+        path = self.folder / f"{_key(core)}-{len(ids)}-{_hashes(ids, [len(ids)])[0]}.session"
+        expected = stored_bytes(core, snapshots)
+        if expected > self.max_bytes:
+            _log.info("document cache: %d tokens take %d bytes, more than all of %s", len(ids), expected, self.folder)
+            return False
+        try:
+            with self._locked():
+                if path.exists():  # by another process, or a while ago
+                    os.utime(path)
+                    return True
+                self._evict(self.max_bytes - expected)
+                save_session(path, core, conversation=None, snapshots=snapshots, options={})
+                self._evict(self.max_bytes)
+                return path.exists()
+        except (OSError, SessionFileError) as error:
+            _log.warning("document cache: %s", error)
+            return False
+
+    def _candidates(self, core: Core, ids: NDArray[np.int32], more_than: int) -> list[tuple[int, Path]]:
+        """Length and path of the entries that `ids` begin with, longest first."""
+        key = _key(core)
+        found: dict[int, dict[str, str]] = {}  # by length: hash and name
+        try:
+            names = os.listdir(self.folder)
+        except OSError as error:
+            _log.warning("document cache: %s", error)
+            return []
+        for name in names:
+            if (entry := _ENTRY.fullmatch(name)) and entry[1] == key and more_than < int(entry[2]) <= len(ids):
+                found.setdefault(int(entry[2]), {})[entry[3]] = name
+        lengths = sorted(found)
+        hashes = zip(lengths, _hashes(ids, lengths), strict=True)
+        return [(n, self.folder / found[n][digest]) for n, digest in hashes if digest in found[n]][::-1]
+
+    def _evict(self, most: int) -> None:
+        """Removes entries, longest unused first, until they take at most so many bytes; the caller holds the lock."""
+        entries = []
+        for file in os.scandir(self.folder):
+            if _ENTRY.fullmatch(file.name):
+                with suppress(FileNotFoundError):  # removed as broken just now
+                    status = file.stat()
+                    entries.append((status.st_mtime_ns, file.path, status.st_size))
+        total = sum(size for *_, size in entries)
+        for _, path, size in sorted(entries):
+            if total <= most:
+                break
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+            total -= size
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when it is closed, and when the process dies
+            yield
+
+
+def _key(core: Core) -> str:
+    """What an entry must share with a session: models and settings, the device among them."""
+    text = json.dumps([core.fingerprints(), core.settings()], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _hashes(ids: NDArray[np.int32], lengths: Sequence[int]) -> list[str]:
+    """A hash of the first n ids for each of the lengths, which rise."""
+    total, done, hashes = hashlib.sha256(), 0, []
+    for n in lengths:
+        total.update(ids[done:n].astype("<i4").tobytes())
+        done = n
+        hashes.append(total.hexdigest()[:32])
+    return hashes
