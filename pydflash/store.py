@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from pydflash import _container
 from pydflash._fingerprint import fingerprint
 from pydflash._handles import Models
-from pydflash._lib import check, ffi, lib
+from pydflash._lib import c_path, check, ffi, lib
 from pydflash.errors import ArgumentError, ContextFullError, SessionFileError
 from pydflash.plan import read_plan
 
@@ -94,6 +94,7 @@ def save_session(
     """
     import numpy as np
 
+    c_path(path)  # refuses what no path can be
     session, kept = core.session, list(snapshots)
     n_committed = int(lib.pf_session_n_committed(session))
     state = np.empty(_state_bytes(session, n_committed), np.uint8)
@@ -133,6 +134,7 @@ class SavedSession:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        c_path(path)  # refuses what no path can be
         self.path = os.fspath(path)
         self.file = _container.Container(path)
         try:
@@ -229,8 +231,10 @@ def restore_into(core: Core, saved: SavedSession) -> None:
         check(lib.pf_session_restore(session, ids, saved.n_committed, ffi.from_buffer("char[]", state), len(state)))
         n_pending = len(saved.ids) - saved.n_committed
         check(lib.pf_session_append(session, ids + saved.n_committed, n_pending))  # one is not evaluated by that
-    except BaseException:
+    except BaseException as error:
         lib.pf_session_reset(session)
+        if isinstance(error, ArgumentError):
+            raise saved.wrong(f"holds what does not belong together: {error}") from error
         raise
 
 

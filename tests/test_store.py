@@ -282,7 +282,7 @@ def test_a_state_of_other_tokens_leaves_an_empty_session(
     rewritten(saved, ids=np.array([*PROMPT[:3], 0, *PROMPT[4:]], np.int32).tobytes())
     line, core = opened(tiny_target, tiny_draft)
     line.append([1, 2, 3])
-    with pytest.raises(ArgumentError, match="not that of these 149 tokens"), SavedSession(saved) as file:
+    with pytest.raises(SessionFileError, match="not that of these 149 tokens"), SavedSession(saved) as file:
         restore_into(core, file)
     assert line.tokens == []
 
@@ -302,6 +302,14 @@ def test_a_conversation_that_is_no_json(opened: Opener, tiny_target: Path, tmp_p
     with pytest.raises(ArgumentError, match=r"messages cannot be saved: .*Path"):
         save_session(tmp_path / "a", core, conversation=[tmp_path], snapshots=[], options={})
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_no_path_can_be(opened: Opener, tiny_target: Path) -> None:
+    _, core = opened(tiny_target, None, budget=0)
+    with pytest.raises(ArgumentError, match="NUL"):
+        save(Path("a\0b"), core)
+    with pytest.raises(ArgumentError, match="NUL"):
+        SavedSession("a\0b")
 
 
 def test_a_fingerprint_sees_metadata_data_and_length(tiny_target: Path, tmp_path: Path) -> None:
