@@ -36,7 +36,7 @@ class Rendered:
 class Conversation:
     """raw: tokens before the first message. messages: OpenAI's. turns: (n_tokens, n_messages) where each call ended."""
 
-    tokenizer: Tokenizer | None
+    tokenizer: Tokenizer | None = field(repr=False)
     raw: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
     turns: list[tuple[int, int]] = field(default_factory=list)
@@ -89,6 +89,16 @@ class Conversation:
                 self.turns = [turn for turn in self.turns if turn[0] <= n_tokens]
                 return
         self.freeze(ids)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `restore`, as JSON takes it."""
+        return {"raw": self.raw, "messages": self.messages, "turns": self.turns}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """What `raw`, `messages` and `turns` were, as JSON gives them back."""
+        self.raw = list(saved["raw"])
+        self.messages = list(saved["messages"])
+        self.turns = [(int(n_tokens), int(n_messages)) for n_tokens, n_messages in saved["turns"]]
 
     def copy(self) -> Conversation:
         """Another one of the same."""

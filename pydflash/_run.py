@@ -17,6 +17,7 @@ from pydflash.results import Chunk, FinishReason, Result, Tally, TokenLogprob
 
 if TYPE_CHECKING:
     from pydflash.chat.answer import AnswerStream
+    from pydflash.constraint import Constraint
     from pydflash.tokenizer import Tokenizer
 
 
@@ -34,6 +35,7 @@ class Request:
     n_logprobs: int | None = None
     progress: Callable[[Progress], None] | None = None
     answer: AnswerStream | None = None  # of a chat: thinking and tool calls are told apart
+    constraint: Constraint | None = None  # what the text is held to
     done: Callable[[Result], None] = field(default=lambda result: None)
 
 
@@ -50,6 +52,7 @@ def run(
     prefill makes the request's ids the timeline and gives the number of tokens that were there already.
     """
     check(lib.pf_session_configure(session, request.params))  # before prefill: the budget sizes what that keeps
+    constraint = None
     text = TextStream(tokenizer, request.stops)
     started = time.perf_counter()
     n_cached = prefill(request)
@@ -70,7 +73,8 @@ def run(
             finish = "length"
         else:
             started = time.perf_counter()
-            check(lib.pf_session_step(session, left, step))
+            status = lib.pf_session_step(session, left, step)
+            check(status) if constraint is None else constraint.check(status)
             tokens = ffi.unpack(step.tokens, step.n_tokens)
             # A stop token has no text.
             given, n_cut = text.push(tokens[:-1] if step.stopped else tokens)
@@ -78,6 +82,8 @@ def run(
             if request.n_logprobs is not None:
                 logprobs = step_logprobs(session, tokens, request.n_logprobs)[:n_cut]
             check(lib.pf_session_commit(session, len(kept), commit_ms))
+            if constraint is not None:
+                constraint.commit(kept)
             tally.step(
                 step,
                 kept,

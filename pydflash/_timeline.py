@@ -53,7 +53,7 @@ class Timeline:
     def __init__(self, session: Any, *, n_batch: int, every: int, memory: int) -> None:
         self._session = session
         self._n_batch = n_batch
-        self._every = every
+        self.every = every
         self._memory = memory
         self._snapshots: list[Snapshot] = []  # by n_committed
 
@@ -119,6 +119,7 @@ class Timeline:
         ids: NDArray[np.int32],
         *,
         ends: Iterable[int] = (),
+        n_total: int | None = None,
         progress: Callable[[Progress], None] | None = None,
         cancelled: Callable[[], bool] = lambda: False,
     ) -> int:
@@ -126,6 +127,7 @@ class Timeline:
 
         ids: int32 [n], at least one and at most n_ctx of them.
         ends: where messages end, in tokens; snapshots are kept there, but no two within n_batch tokens except the last.
+        n_total: for progress, when these ids are only the beginning of what is to come.
         cancelled is asked before each chunk; what is evaluated by then stays.
         """
         n = len(ids)
@@ -152,7 +154,8 @@ class Timeline:
             if progress is not None:
                 seconds = time.perf_counter() - started
                 rate = (given - kept) / seconds if seconds > 0 else 0.0
-                progress(Progress(given, n, rate, (n - given) / rate if rate else 0.0))
+                total = n if n_total is None else n_total
+                progress(Progress(given, total, rate, (total - given) / rate if rate else 0.0))
         return kept
 
     def back_to(self, n: int) -> None:
@@ -180,7 +183,7 @@ class Timeline:
 
     def _stops(self, start: int, n: int, ends: Iterable[int]) -> list[int]:
         """Where snapshots are due behind `start`, as counts of committed tokens."""
-        marks = set(range(start // self._every * self._every + self._every, n, self._every))
+        marks = set(range(start // self.every * self.every + self.every, n, self.every))
         wanted = sorted({end for end in ends if start < end < n})
         last = start
         for end in wanted:

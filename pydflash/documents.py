@@ -153,14 +153,6 @@ def read_documents(path: str | os.PathLike[str]) -> Documents:
     return documents
 
 
-def too_long_message(name: str, n_tokens: int, n_free: int, n_ctx: int) -> str:
-    """The sentence for a document of n_tokens where the context has n_free of n_ctx left."""
-    return (
-        f"{_printable(name)} is {n_tokens:,} tokens long, {n_tokens - n_free:,} more than the {n_free:,} that are left "
-        f"of n_ctx = {n_ctx:,}: raise n_ctx, or give less of it"
-    )
-
-
 # ---- folders -----------------------------------------------------------------------------------------------------
 
 

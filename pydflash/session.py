@@ -10,7 +10,8 @@ import threading
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from itertools import starmap
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
@@ -19,7 +20,7 @@ from pydflash._conversation import Conversation, Message, Rendered, checked_mess
 from pydflash._handles import Handles, Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
 from pydflash._run import Request, run
-from pydflash._timeline import Progress, Timeline
+from pydflash._timeline import Progress, Snapshot, Timeline
 from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
@@ -122,11 +123,13 @@ class Session:
             n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads, budget=budget
         )
         options.integer("checkpoint_every", checkpoint_every, 1, 2**31 - 1)
-        self._keeping = _Keeping(
-            every=-(-checkpoint_every // n_batch) * n_batch, memory=n_bytes("checkpoint_memory", checkpoint_memory)
+        self._options = _Options(
+            chain=bool(chain),
+            copying=bool(copying),
+            checkpoint_every=checkpoint_every,
+            checkpoint_memory=n_bytes("checkpoint_memory", checkpoint_memory),
+            shipped=target is None and draft is None,
         )
-        self._chain = bool(chain)
-        self._copying = bool(copying)
         if target is None:
             from pydflash import models
 
@@ -150,10 +153,11 @@ class Session:
             self._no_tokenizer = error
         self._conversation = Conversation(self.tokenizer)
         self._cache = None
+        most = n_bytes("cache_size", cache_size)
         if cache_dir is not None:
             from pydflash.document_cache import DocumentCache
 
-            self._cache = DocumentCache(cache_dir, n_bytes("cache_size", cache_size))
+            self._cache = DocumentCache(cache_dir, most)
 
     def _open_on(self, models: Models, params: Any) -> None:
         self._lock = threading.Lock()
@@ -169,8 +173,12 @@ class Session:
         self.block_size = models.block_size
         self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
         self.n_ctx = self.plan.n_ctx
+        n_batch = self.plan.n_batch
         self._held = Timeline(
-            self._core.session, n_batch=self.plan.n_batch, every=self._keeping.every, memory=self._keeping.memory
+            self._core.session,
+            n_batch=n_batch,
+            every=-(-self._options.checkpoint_every // n_batch) * n_batch,
+            memory=self._options.checkpoint_memory,
         )
 
     def __enter__(self) -> Session:
@@ -380,10 +388,8 @@ class Session:
             models = self._core.models
             assert models is not None
             twin = Session.__new__(Session)
-            twin.__dict__.update(
-                {name: self.__dict__[name] for name in ("_keeping", "_chain", "_copying", "_no_tokenizer", "_cache")}
-            )
-            twin.tokenizer = self.tokenizer
+            twin._options, twin._cache = self._options, self._cache
+            twin.tokenizer, twin._no_tokenizer = self.tokenizer, self._no_tokenizer
             params = ffi.new("pf_session_params *", self._params[0])
             params.n_ctx = self.n_ctx
             params.type_k, params.type_v = options.kv_types(self.plan.kv_type)
@@ -392,6 +398,55 @@ class Session:
             twin._held.replace_snapshots(self._held.snapshots)
             twin._conversation = self._conversation.copy()
             return twin
+
+    def save(self, path: PathLike) -> int:
+        """Writes all that the session holds to a file, for `Session.load`; returns the file's size in bytes.
+
+        The file is the old one or the new one at any moment, whatever happens. Raises SessionFileError, and
+        ArgumentError when messages hold what JSON cannot say.
+        """
+        from pydflash.store import Core, save_session
+
+        with self._open():
+            assert self._core.models is not None
+            return save_session(
+                path,
+                Core(self._core.session, self._core.models),
+                conversation=self._conversation.as_dict(),
+                snapshots=[(snapshot.n_committed, snapshot.state) for snapshot in self._held.snapshots],
+                options={**asdict(self._options), "n_ctx": self.n_ctx, "budget": self.plan.budget},
+            )
+
+    @classmethod
+    def load(
+        cls, path: PathLike, target: PathLike | None = None, draft: PathLike | None = None, **options: Any
+    ) -> Session:
+        """Opens a session as `save` left it, and goes on with exactly the tokens it would have said.
+
+        target, draft: None for the models it was saved with, where they were then.
+        options: `Session`'s; what shapes the state (kv_type, n_batch, n_ring) is the file's.
+
+        Everything is checked before anything is used. Raises SessionFileError for a file that is damaged, or does not
+        fit these models and options, and what opening a session does.
+        """
+        from pydflash.store import Core, SavedSession, restore_into
+
+        with SavedSession(path) as saved:
+            shipped = saved.options.pop("shipped", False)
+            if target is None and not shipped:
+                target = (saved.models["target"] or {}).get("path")
+                draft = (saved.models["draft"] or {}).get("path") if draft is None else draft
+            shaping = {name: saved.settings[name] for name in ("kv_type", "n_batch", "n_ring")}
+            session = cls(target, draft, **{**saved.options, **shaping, **options})
+            try:
+                assert session._core.models is not None
+                restore_into(Core(session._core.session, session._core.models), saved)
+                session._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
+                session._conversation.restore(saved.conversation)
+            except BaseException:
+                session.close()
+                raise
+            return session
 
     @property
     def messages(self) -> list[Message]:
@@ -544,10 +599,45 @@ class Session:
         return not self._cancelled
 
     def _prefill(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> int:
+        """Makes the ids the timeline, by way of the documents on disk; gives how many were not evaluated."""
         import numpy as np
 
+        wanted = np.array(ids, np.int32)
+        ends = list(ends)
+        kept = self._held.reusable(wanted)
+        every = self._held.every
+        if self._cache is None or len(wanted) - kept < every:
+            return self._extend_held(wanted, ends, progress)
+
+        from pydflash.store import Core
+
+        assert self._core.models is not None
+        core = Core(self._core.session, self._core.models)
+        entry = self._cache.restore(core, wanted, more_than=kept)
+        if entry is not None:
+            with entry:
+                self._held.replace_snapshots(starmap(Snapshot, entry.read_snapshots()))
+        kept = stored = self._held.reusable(wanted)
+        # What is worth storing ends with a message, so that another may follow it next time.
+        for end in [*(end for end in ends if end < len(wanted)), len(wanted)]:
+            if end - stored >= every or end == len(wanted):
+                self._extend_held(wanted[:end], ends, progress, n_total=len(wanted))
+                if end - stored >= every and not self._cancelled:
+                    states = [(snapshot.n_committed, snapshot.state) for snapshot in self._held.snapshots]
+                    self._cache.put(core, snapshots=states)
+                    stored = end
+        return kept
+
+    def _extend_held(
+        self,
+        ids: NDArray[np.int32],
+        ends: list[int],
+        progress: Callable[[Progress], None] | None,
+        *,
+        n_total: int | None = None,
+    ) -> int:
         return self._held.extend_to(
-            np.array(ids, np.int32), ends=ends, progress=progress, cancelled=lambda: self._cancelled
+            ids, ends=ends, n_total=n_total, progress=progress, cancelled=lambda: self._cancelled
         )
 
     def _request(self, prompt: _Prompt, wanted: RunOptions) -> Request:
@@ -558,7 +648,13 @@ class Session:
         texts, stop_ids = options.stops(sampling.stop, self.n_vocab)
         if texts:
             self._need_tokenizer()
-        if self.tokenizer is not None and not sampling.ignore_eos:
+        constraint = None
+        if wanted.response_format is not None:
+            from pydflash.constraint import Constraint
+
+            after = "</think>\n\n" if prompt.rendered.thinking_open else None
+            constraint = Constraint.compile(wanted.response_format, self._need_tokenizer(), after=after)
+        if self.tokenizer is not None and (constraint is not None or not sampling.ignore_eos):
             stop_ids = sorted(self.tokenizer.stop_ids | set(stop_ids))
         assert sampling.seed is not None
         params, keep = options.generate_params(
@@ -568,7 +664,7 @@ class Session:
             min_p=sampling.min_p,
             seed=sampling.seed,
             budget=(self.plan.budget if wanted.budget is None else wanted.budget) if self.block_size else 0,
-            chain=self._chain if wanted.chain is None else bool(wanted.chain),
+            chain=self._options.chain if wanted.chain is None else bool(wanted.chain),
             stop_ids=stop_ids,
             repeat_penalty=sampling.repeat_penalty,
             presence_penalty=sampling.presence_penalty,
@@ -607,6 +703,7 @@ class Session:
             n_logprobs=sampling.logprobs,
             progress=wanted.progress,
             answer=answer,
+            constraint=constraint,
             done=done,
         )
 
@@ -695,11 +792,14 @@ class Session:
 
 
 @dataclass(frozen=True)
-class _Keeping:
-    """When snapshots are taken, and what they may take."""
+class _Options:
+    """What a session was opened with, besides what its plan says. shipped: no model was named."""
 
-    every: int
-    memory: int
+    chain: bool
+    copying: bool
+    checkpoint_every: int
+    checkpoint_memory: int
+    shipped: bool
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from tests.tiny_models import TinyTarget, byte_tokenizer, write_gguf
 
 # The byte tokenizer has no ChatML tokens of its own; a template of plain text does as well.
 TEMPLATE = (
-    "{% for m in messages %}[{{ m.role }}]{{ m.content }}\x00{% endfor %}"
+    "{% for m in messages %}[{{ m.role }}]{{ m.content }}!{% endfor %}"
     "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 GREEDY: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
@@ -29,7 +29,7 @@ WORDS = "the quick brown fox jumps over the lazy dog and reads the whole long do
 
 @pytest.fixture(scope="module")
 def chat_target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The random target with a chat template; byte 0 ends a turn."""
+    """The random target with a chat template; "!" is token 0 and ends a turn."""
     target = TinyTarget()
     keys = target.gguf_keys() | byte_tokenizer(target.n_vocab)
     keys |= {"tokenizer.chat_template": TEMPLATE, "tokenizer.ggml.eos_token_id": np.uint32(0)}
@@ -122,7 +122,7 @@ def test_asking_behind_tokens(session: Session) -> None:
     raw = session.tokens
     session.ask("Who?", **GREEDY)
     assert session.tokens[: len(raw)] == raw
-    assert session.detokenize(session.tokens).startswith(f"{WORDS}[user]Who?\x00[assistant]")
+    assert session.detokenize(session.tokens).startswith(f"{WORDS}[user]Who?![assistant]")
     assert len(session.messages) == 2
 
 
@@ -295,3 +295,62 @@ def test_wrong_settings(session: Session) -> None:
         session.ask("x", 3)  # type: ignore[arg-type]
     sampling = pydflash.Sampling(temperature=1.0, seed=4)
     assert session.ask("x", sampling, max_tokens=3, ignore_eos=True).seed == 4
+
+
+# ---- files ---------------------------------------------------------------------------------------------------------
+
+
+def test_saved_and_loaded(session: Session, chat_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
+    session.append([user(WORDS * 3)])
+    session.ask("Who?", **GREEDY)
+    n_bytes = session.save(tmp_path / "fox.session")
+    assert (tmp_path / "fox.session").stat().st_size == n_bytes
+    with Session.load(tmp_path / "fox.session", n_threads=1) as loaded:
+        assert loaded.tokens == session.tokens
+        assert loaded.messages == session.messages
+        assert loaded.n_ctx == session.n_ctx
+        mine, theirs = session.ask("Where?", **GREEDY), loaded.ask("Where?", **GREEDY)
+        assert theirs.ids == mine.ids
+        assert theirs.cached_tokens == mine.cached_tokens
+        loaded.rewind(100)  # with the snapshots of before
+        session.rewind(100)
+        assert loaded.generate(None, **GREEDY).ids == session.generate(None, **GREEDY).ids
+    with pytest.raises(pydflash.SessionFileError, match="was saved with a draft, but this"):
+        Session.load(tmp_path / "fox.session", chat_target)
+    with pytest.raises(pydflash.SessionFileError, match="kv_type"):
+        Session.load(tmp_path / "fox.session", chat_target, tiny_draft, kv_type="f16")
+    with pytest.raises(pydflash.ContextFullError, match="too many for n_ctx=100"):
+        Session.load(tmp_path / "fox.session", n_ctx=100)
+    with pytest.raises(pydflash.SessionFileError):
+        Session.load(chat_target)
+
+
+def test_an_empty_session_is_saved_too(session: Session, tmp_path: Path) -> None:
+    session.save(tmp_path / "empty.session")
+    with Session.load(tmp_path / "empty.session", n_threads=1) as loaded:
+        assert loaded.tokens == []
+        assert loaded.ask("Who?", **GREEDY).ids == session.ask("Who?", **GREEDY).ids
+
+
+def test_a_document_is_read_once(chat_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
+    document = [user(WORDS * 4)]
+    with opened(chat_target, tiny_draft, cache_dir=tmp_path) as first:
+        expected = first.chat([*document, user("Who?")], **GREEDY)
+        other = first.chat([*document, user("Where?")], **GREEDY)
+        assert expected.cached_tokens == 0
+    assert len(list(tmp_path.glob("*.session"))) == 1
+    with opened(chat_target, tiny_draft, cache_dir=tmp_path) as second:
+        again = second.chat([*document, user("Where?")], **GREEDY)
+        assert again.ids == other.ids
+        assert again.cached_tokens >= len(second.tokenize(WORDS * 4))
+        assert second.ask("And why?", **GREEDY).cached_tokens > again.cached_tokens
+    with opened(chat_target, tiny_draft, cache_dir=tmp_path) as third:
+        third.append(document)
+        assert third.chat([*document, user("Who?")], **GREEDY).ids == expected.ids
+    for entry in tmp_path.glob("*.session"):  # a broken one is a miss
+        entry.write_bytes(entry.read_bytes()[:-100])
+    with opened(chat_target, tiny_draft, cache_dir=tmp_path) as fourth:
+        result = fourth.chat([*document, user("Who?")], **GREEDY)
+        assert (result.ids, result.cached_tokens) == (expected.ids, 0)
+    with pytest.raises(pydflash.ArgumentError, match="cache_size is 'much'"):
+        opened(chat_target, tiny_draft, cache_dir=tmp_path, cache_size="much")

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pydflash import _html, _pdf, documents
-from pydflash.documents import Document, read_documents, too_long_message
+from pydflash.documents import Document, read_documents
 from pydflash.errors import DocumentError
 
 
@@ -536,10 +536,3 @@ def test_hostile_file_names(tmp_path: Path) -> None:
         assert document.name.isprintable()
         document.as_prompt().encode()
         assert document.as_prompt().count("<document") == 1
-
-
-def test_too_long_says_by_how_much() -> None:
-    said = too_long_message("a\nb.txt", 131_204, 98_304, 131_072)
-    assert said.startswith(
-        "a\\nb.txt is 131,204 tokens long, 32,900 more than the 98,304 that are left of n_ctx = 131,072"
-    )
