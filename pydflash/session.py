@@ -6,21 +6,18 @@ what that means `_conversation`'s; one run is in `_run`, its settings in `sampli
 
 from __future__ import annotations
 
-import threading
-import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import starmap
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydflash import options
 from pydflash._conversation import Conversation, Message, Rendered, checked_messages
-from pydflash._handles import Handles, Models, PathLike, draft_file, target_file
+from pydflash._handles import Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
+from pydflash._open_session import Ids, OpenSession
 from pydflash._run import Request, run
-from pydflash._timeline import Progress, Snapshot, Timeline
+from pydflash._timeline import Progress, Snapshot
 from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
@@ -31,8 +28,8 @@ from pydflash.errors import (
     checked_options,
 )
 from pydflash.options import KvType
-from pydflash.plan import n_bytes, plan_pair, read_plan
-from pydflash.results import Chunk, Counters, Result, Stats
+from pydflash.plan import n_bytes, plan_pair
+from pydflash.results import Chunk, Result
 from pydflash.sampling import RunOptions, Sampling, run_options
 from pydflash.tokenizer import Tokenizer
 
@@ -44,7 +41,6 @@ if TYPE_CHECKING:
     from pydflash.documents import Documents
     from pydflash.sampling import Settings
 
-Ids = Iterable[SupportsIndex]
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -57,7 +53,7 @@ class Checkpoint:
     _conversation: Conversation = field(repr=False)
 
 
-class Session:
+class Session(OpenSession):
     """One timeline of tokens on one model; a context manager.
 
     target: a GGUF of architecture `qwen35`. None opens the tiny pair that ships with pydflash.
@@ -146,7 +142,12 @@ class Session:
                 )
         self._no_tokenizer: UnsupportedModelError | None = None
         self.tokenizer: Tokenizer | None = None
-        self._open_on(Models(target, draft, device), params)
+        self._open_on(
+            Models(target, draft, device),
+            params,
+            checkpoint_every=self._options.checkpoint_every,
+            checkpoint_memory=self._options.checkpoint_memory,
+        )
         try:
             self.tokenizer = Tokenizer.from_gguf(target)
         except UnsupportedModelError as error:  # such a model takes and gives ids
@@ -158,52 +159,6 @@ class Session:
             from pydflash.document_cache import DocumentCache
 
             self._cache = DocumentCache(cache_dir, most)
-
-    def _open_on(self, models: Models, params: Any) -> None:
-        self._lock = threading.Lock()
-        self._epoch = 0  # counts the changes of the timeline, so that a stream knows when its own is gone
-        self._cancelled = False
-        self._stats: Stats | None = None
-        self._params = params
-        self._core = Handles(models, params)
-        self._finalizer = weakref.finalize(self, self._core.free)
-        self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
-        self.device = models.device
-        self.n_vocab, self.n_embd, self.n_layer = models.n_vocab, models.n_embd, models.n_layer
-        self.block_size = models.block_size
-        self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
-        self.n_ctx = self.plan.n_ctx
-        n_batch = self.plan.n_batch
-        self._held = Timeline(
-            self._core.session,
-            n_batch=n_batch,
-            every=-(-self._options.checkpoint_every // n_batch) * n_batch,
-            memory=self._options.checkpoint_memory,
-        )
-
-    def __enter__(self) -> Session:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Frees the caches, and the models once no fork uses them; every other call raises StateError from then on.
-        Closing twice is fine."""
-        with self._lock:
-            self._finalizer()
-
-    # ---- text and ids --------------------------------------------------------------------------------------------
-
-    def tokenize(self, text: str, *, add_special: bool = True, parse_special: bool = True) -> list[int]:
-        """Token ids of a text; see `Tokenizer.encode`. UnsupportedModelError when the model has no tokenizer."""
-        return self._need_tokenizer().encode(text, add_special=add_special, parse_special=parse_special)
-
-    def detokenize(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
-        """The text of token ids; see `Tokenizer.decode`. UnsupportedModelError when the model has no tokenizer."""
-        return self._need_tokenizer().decode(ids, skip_special=skip_special)
 
     # ---- running -------------------------------------------------------------------------------------------------
 
@@ -393,7 +348,12 @@ class Session:
             params = ffi.new("pf_session_params *", self._params[0])
             params.n_ctx = self.n_ctx
             params.type_k, params.type_v = options.kv_types(self.plan.kv_type)
-            twin._open_on(models, params)
+            twin._open_on(
+                models,
+                params,
+                checkpoint_every=self._options.checkpoint_every,
+                checkpoint_memory=self._options.checkpoint_memory,
+            )
             check(lib.pf_session_copy(twin._core.session, self._core.session))
             twin._held.replace_snapshots(self._held.snapshots)
             twin._conversation = self._conversation.copy()
@@ -457,90 +417,6 @@ class Session:
     def messages(self, messages: Messages) -> None:
         with self._open():
             self._conversation.messages = checked_messages(messages) if messages else []
-
-    @property
-    def tokens(self) -> list[int]:
-        """Token ids of the whole timeline."""
-        with self._open():
-            ids: list[int] = self._held.tokens().tolist()
-            return ids
-
-    @property
-    def n_tokens(self) -> int:
-        """Tokens on the timeline."""
-        with self._open():
-            return self._held.n_tokens
-
-    @property
-    def stats(self) -> Stats | None:
-        """Figures of the last finished run; None before the first."""
-        return self._stats
-
-    @property
-    def counters(self) -> Counters:
-        """What has travelled to and from the device, and what was built there, since the session was opened."""
-        with self._open():
-            counters = ffi.new("pf_counters *", {"size": ffi.sizeof("pf_counters")})
-            check(lib.pf_session_counters(self._core.session, counters))
-            return Counters(*(int(getattr(counters, name)) for name in Counters.__dataclass_fields__))
-
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes that the session has allocated, by the names of `plan`'s rows: the plan's own figures, until a run asks
-        for a larger budget, or for the logits of many tokens. On a CUDA device flash attention's copies lie in the
-        compute buffer."""
-        with self._open():
-            rows = read_plan(lambda out: lib.pf_session_get_memory(self._core.session, out)).rows
-        return {row.name: row.n_bytes for row in rows}
-
-    # ---- looking inside: each replaces the timeline and leaves it empty --------------------------------------------
-
-    def logits(self, ids: Ids) -> NDArray[np.float32]:
-        """The target's logits after each of the ids: float32 [n, n_vocab]."""
-        import numpy as np
-
-        given = self._given(ids)
-        out = np.empty((len(given), self.n_vocab), np.float32)
-        with self._changing():
-            self._clear()
-            check(lib.pf_session_logits(self._core.session, given, len(given), ffi.from_buffer("float[]", out)))
-        return out
-
-    def hidden(self, ids: Ids, layers: Sequence[int]) -> NDArray[np.float32]:
-        """The residual stream at the input of each of `layers`: float32 [n, len(layers), n_embd].
-
-        Layers count as a drafter's `target_layers` does: k is the output of layer k - 1, before any norm.
-        """
-        import numpy as np
-
-        given = self._given(ids)
-        try:
-            wanted = [options.integer("layers", layer, 0, self.n_layer) for layer in layers]
-        except TypeError:
-            raise ArgumentError(f"layers is {layers!r}, not a sequence of layer numbers") from None
-        out = np.empty((len(given), len(wanted), self.n_embd), np.float32)
-        with self._changing():
-            self._clear()
-            check(
-                lib.pf_session_hidden(
-                    self._core.session, given, len(given), wanted, len(wanted), ffi.from_buffer("float[]", out)
-                )
-            )
-        return out
-
-    def draft_logits(self, ids: Ids) -> NDArray[np.float32]:
-        """The drafter's logits for the positions after the ids, the last of which is pending: float32
-        [block_size - 1, n_vocab]. StateError without a drafter."""
-        import numpy as np
-
-        if self.block_size == 0:
-            raise StateError("this session has no drafter; open it with draft=...")
-        given = self._given(ids)
-        out = np.empty((self.block_size - 1, self.n_vocab), np.float32)
-        with self._changing():
-            self._clear()
-            check(lib.pf_session_draft_logits(self._core.session, given, len(given), ffi.from_buffer("float[]", out)))
-        return out
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
@@ -751,44 +627,6 @@ class Session:
                 need=n + n_output,
                 free=self.n_ctx,
             )
-
-    def _given(self, ids: Ids) -> list[int]:
-        given = options.token_ids("ids", ids, self.n_vocab)
-        if not given:
-            raise ArgumentError("ids is empty; give at least one token")
-        if len(given) > self.n_ctx:
-            raise ContextFullError(
-                f"{len(given)} tokens are {len(given) - self.n_ctx} more than n_ctx={self.n_ctx} has room for",
-                need=len(given),
-                free=self.n_ctx,
-            )
-        return given
-
-    def _clear(self) -> None:
-        self._held.clear()
-        self._conversation.freeze([])
-
-    def _need_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            raise UnsupportedModelError(f"{self._no_tokenizer}; give and take token ids instead")
-        return self.tokenizer
-
-    @contextmanager
-    def _open(self) -> Iterator[None]:
-        """The lock, on a session that is open."""
-        with self._lock:
-            if not self._finalizer.alive:
-                raise StateError("the session is closed")
-            # After an interrupt between a step and its commit the step's first token stands; else this does nothing.
-            lib.pf_session_commit(self._core.session, 1, ffi.NULL)
-            yield
-
-    @contextmanager
-    def _changing(self) -> Iterator[None]:
-        """The lock, for a call that changes the timeline."""
-        with self._open():
-            self._epoch += 1
-            yield
 
 
 @dataclass(frozen=True)
