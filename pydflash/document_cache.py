@@ -16,11 +16,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pydflash._timeline import Progress, Snapshot, Timeline
 from pydflash.errors import SessionFileError
 from pydflash.store import Core, SavedSession, restore_into, save_session, stored_bytes
 
@@ -78,6 +80,40 @@ class DocumentCache:
                     os.utime(path)
                 return saved
         return None
+
+    def prefill(
+        self,
+        core: Core,
+        held: Timeline,
+        ids: NDArray[np.int32],
+        *,
+        ends: Iterable[int] = (),
+        progress: Callable[[Progress], None] | None = None,
+        cancelled: Callable[[], bool] = lambda: False,
+    ) -> int:
+        """As `Timeline.extend_to`, but what the folder has is loaded, and what it has not is put there.
+
+        Only what is as long as the timeline's own snapshots are apart; up to the end of a message where there is one,
+        so that another may follow it next time.
+        """
+        n = len(ids)
+        edges = [end for end in ends if end < n]
+        kept = held.reusable(ids)
+        if n - kept >= held.every:
+            entry = self.restore(core, ids, more_than=kept)
+            if entry is not None:
+                with entry:
+                    held.replace_snapshots(starmap(Snapshot, entry.read_snapshots()))
+                kept = held.reusable(ids)
+        stored = kept
+        for end in [*edges, n]:
+            worth_it = end - stored >= held.every
+            if worth_it or end == n:
+                held.extend_to(ids[:end], ends=edges, n_total=n, progress=progress, cancelled=cancelled)
+            if worth_it and not cancelled():
+                self.put(core, snapshots=[(snapshot.n_committed, snapshot.state) for snapshot in held.snapshots])
+                stored = end
+        return kept
 
     def put(self, core: Core, *, snapshots: Sequence[tuple[int, State]]) -> bool:
         """Keeps what the session holds, and evicts what has no room beside it; whether it is there now."""

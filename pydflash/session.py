@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
     from pydflash.documents import Documents
     from pydflash.sampling import Settings
+    from pydflash.store import Core
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -365,13 +366,12 @@ class Session(OpenSession):
         The file is the old one or the new one at any moment, whatever happens. Raises SessionFileError, and
         ArgumentError when messages hold what JSON cannot say.
         """
-        from pydflash.store import Core, save_session
+        from pydflash.store import save_session
 
         with self._open():
-            assert self._core.models is not None
             return save_session(
                 path,
-                Core(self._core.session, self._core.models),
+                self._store_core(),
                 conversation=self._conversation.as_dict(),
                 snapshots=[(snapshot.n_committed, snapshot.state) for snapshot in self._held.snapshots],
                 options={**asdict(self._options), "n_ctx": self.n_ctx, "budget": self.plan.budget},
@@ -389,7 +389,7 @@ class Session(OpenSession):
         Everything is checked before anything is used. Raises SessionFileError for a file that is damaged, or does not
         fit these models and options, and what opening a session does.
         """
-        from pydflash.store import Core, SavedSession, restore_into
+        from pydflash.store import SavedSession, restore_into
 
         with SavedSession(path) as saved:
             shipped = saved.options.pop("shipped", False)
@@ -399,8 +399,7 @@ class Session(OpenSession):
             shaping = {name: saved.settings[name] for name in ("kv_type", "n_batch", "n_ring")}
             session = cls(target, draft, **{**saved.options, **shaping, **options})
             try:
-                assert session._core.models is not None
-                restore_into(Core(session._core.session, session._core.models), saved)
+                restore_into(session._store_core(), saved)
                 session._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
                 session._conversation.restore(saved.conversation)
             except BaseException:
@@ -475,46 +474,21 @@ class Session(OpenSession):
         return not self._cancelled
 
     def _prefill(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> int:
-        """Makes the ids the timeline, by way of the documents on disk; gives how many were not evaluated."""
+        """Makes the ids the timeline; gives how many of them were not evaluated."""
         import numpy as np
 
         wanted = np.array(ids, np.int32)
-        ends = list(ends)
-        kept = self._held.reusable(wanted)
-        every = self._held.every
-        if self._cache is None or len(wanted) - kept < every:
-            return self._extend_held(wanted, ends, progress)
+        if self._cache is None:
+            return self._held.extend_to(wanted, ends=ends, progress=progress, cancelled=lambda: self._cancelled)
+        return self._cache.prefill(
+            self._store_core(), self._held, wanted, ends=ends, progress=progress, cancelled=lambda: self._cancelled
+        )
 
+    def _store_core(self) -> Core:
         from pydflash.store import Core
 
         assert self._core.models is not None
-        core = Core(self._core.session, self._core.models)
-        entry = self._cache.restore(core, wanted, more_than=kept)
-        if entry is not None:
-            with entry:
-                self._held.replace_snapshots(starmap(Snapshot, entry.read_snapshots()))
-        kept = stored = self._held.reusable(wanted)
-        # What is worth storing ends with a message, so that another may follow it next time.
-        for end in [*(end for end in ends if end < len(wanted)), len(wanted)]:
-            if end - stored >= every or end == len(wanted):
-                self._extend_held(wanted[:end], ends, progress, n_total=len(wanted))
-                if end - stored >= every and not self._cancelled:
-                    states = [(snapshot.n_committed, snapshot.state) for snapshot in self._held.snapshots]
-                    self._cache.put(core, snapshots=states)
-                    stored = end
-        return kept
-
-    def _extend_held(
-        self,
-        ids: NDArray[np.int32],
-        ends: list[int],
-        progress: Callable[[Progress], None] | None,
-        *,
-        n_total: int | None = None,
-    ) -> int:
-        return self._held.extend_to(
-            ids, ends=ends, n_total=n_total, progress=progress, cancelled=lambda: self._cancelled
-        )
+        return Core(self._core.session, self._core.models)
 
     def _request(self, prompt: _Prompt, wanted: RunOptions) -> Request:
         """Checks everything, so that what is refused is refused before any work."""
