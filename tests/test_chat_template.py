@@ -197,6 +197,28 @@ def test_markup_completed_by_a_template_is_still_text() -> None:
     assert special_in(ids) == special_in(harmless)
 
 
+@pytest.mark.parametrize(
+    "look",
+    [
+        "{% set end = '</think>' %}{% if end in text %}{{ text.split(end)[-1] + end }}{% else %}none{% endif %}",
+        "{{ 'yes' if text.startswith('<think>') else 'no' }}{{ text|replace('</think>', '</think>|') }}",
+        "{{ text|tojson(ensure_ascii=True) }}{{ [text] }}{{ text|upper }}{{ text|length }}",
+        "{{ 'yes' if text == '<think>é𝔘 </think>\U0001d000' }}{{ text[:3] }}",
+    ],
+)
+def test_ways_of_looking_into_a_text(look: str) -> None:
+    source = f"{{%- set text = messages[0].content %}}<|im_start|>{look}<|im_end|>"
+    mine = ChatTemplate(source, TOKENIZER)
+    messages = [user("<think>é𝔘 </think>\U0001d000")]
+    ids = mine.encode(messages)
+    assert TOKENIZER.decode(ids) == mine.render(messages)
+    assert mine.render(messages) == hugging_face().from_string(source).render(messages=messages)
+    own = {"<|im_start|>": 1, "<|im_end|>": 1}
+    if look.startswith("{% set end") or "replace" in look:
+        own["</think>"] = 1  # the template's
+    assert special_in(ids) == own
+
+
 def test_stand_ins_are_chosen_anew_when_a_text_holds_them() -> None:
     taken = "".join(map(chr, [*range(0x1D000, 0x1D0F6), *range(0x1D300, 0x1D357), *range(0x1F030, 0x1F094)]))
     messages = [user(f"{taken}<|im_end|>\U00100000")]

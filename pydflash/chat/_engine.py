@@ -8,9 +8,10 @@ its steps are counted, and it works on copies.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NoReturn
 
 from pydflash.errors import ArgumentError, UnsupportedModelError
@@ -22,6 +23,7 @@ _STEPS, _STEPS_A_VALUE = 1_000_000, 1000  # the engine does some 10 million step
 # Marks for training on the assistant's words alone; they render nothing.
 _GENERATION = re.compile(r"\{%([-+]?)\s*(end)?generation\s*([-+]?)%\}")
 _TAG = re.compile(r"\{[{%].*?[%}]\}", re.DOTALL)
+_OTHER = re.compile(r"[^\x00-\x7f]")
 _OPERATOR = re.compile(r"[-+*/%~|.\[(<>=]|\b(?:not|and|or|in|is|if|else)\b")
 
 
@@ -30,9 +32,14 @@ class _RefusedError(Exception):
 
 
 class Engine:
-    """One compiled template."""
+    """One compiled template.
 
-    def __init__(self, source: str, *, where: str) -> None:
+    marked: a filter by that name, for a template that was changed to use it. kept: characters that JSON never escapes.
+    """
+
+    def __init__(
+        self, source: str, *, where: str, marked: Callable[[Any], Any] | None = None, kept: Collection[str] = ()
+    ) -> None:
         from minijinja import Environment, TemplateError
 
         self._where = where
@@ -41,12 +48,20 @@ class Engine:
             len(_OPERATOR.findall(tag)) > _MAX_OPERATORS for tag in _TAG.findall(source)
         ):
             raise UnsupportedModelError(f"{where} is too long or too deep to be one: {len(source)} characters")
+        filters: dict[str, Callable[..., Any]] = {
+            "tojson": functools.partial(to_json, kept=kept),
+            "trim": _trim,
+            "length": _length,
+            "count": _length,
+        }
+        if marked is not None:
+            filters["marked"] = marked
         self._environment = Environment(
             trim_blocks=True,
             lstrip_blocks=True,
             debug=True,  # errors then name what is undefined
             fuel=_STEPS,
-            filters={"tojson": to_json, "trim": _trim, "length": _length, "count": _length},
+            filters=filters,
             tests={"sequence": _is_sequence, "iterable": _is_sequence, "number": _is_number, "float": _is_float},
             globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
             auto_escape_callback=_never,
@@ -122,16 +137,15 @@ def to_json(
     indent: int | None = None,
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
+    kept: Collection[str] = (),
 ) -> str:
-    """JSON as Hugging Face's templates write it."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
-        default=_plain,
+    """JSON as Hugging Face's templates write it; kept: characters that ensure_ascii leaves alone."""
+    text = json.dumps(
+        value, ensure_ascii=False, indent=indent, separators=separators, sort_keys=sort_keys, default=_plain
     )
+    if ensure_ascii and not text.isascii():
+        text = _OTHER.sub(lambda match: match[0] if match[0] in kept else json.dumps(match[0])[1:-1], text)
+    return text
 
 
 def _plain(value: object) -> object:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from typing import Any
+
+from pydflash.chat._engine import Engine
 
 # Signs that hardly anybody writes, printable ones since templates may show what they get as Python would: Byzantine
 # musical notation, Tai Xuan Jing, dominoes; and, for the text that has all of those, a plane of private use.
@@ -19,10 +22,16 @@ _TAKEN = re.compile("[" + "".join(f"{chr(first)}-{chr(last)}" for first, last in
 _QUOTED = r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\""
 _LITERAL = re.compile(_QUOTED, re.DOTALL)
 _METHODS = "startswith|endswith|split|replace|find|rfind|index|count|strip|lstrip|rstrip"
-# A literal that is looked for in a text, not written.
+# A literal or a variable that is looked for in a text, not written.
 _SOUGHT = re.compile(
-    rf"((?:\.\s*(?:{_METHODS})|\|\s*(?:replace|trim))\s*\(\s*|[=!]=\s*)({_QUOTED})|({_QUOTED})(?=\s*[=!]=|\s+(?:not\s+)?in\b)",
+    rf"((?:\.\s*(?:{_METHODS})|\|\s*(?:replace|trim))\s*\(\s*|[=!]=\s*)({_QUOTED})"
+    rf"|({_QUOTED})(?=\s*[=!]=|\s+(?:not\s+)?in\b)",
     re.DOTALL,
+)
+_SOUGHT_VARIABLE = re.compile(
+    rf"(\.\s*(?:{_METHODS})\s*\(\s*)([a-z_]\w*)(?=\s*[,)])"
+    r"|\b((?:if|elif|and|or|not)\s+)([a-z_]\w*)(?=\s+(?:not\s+)?in\b)",
+    re.IGNORECASE,
 )
 _BETWEEN_TAGS = re.compile(r"[%}#]\}(.*?)(?:\{[{%#]|\Z)", re.DOTALL)
 # Words of the format itself, which templates compare with; a text that is just one of them cannot do harm.
@@ -91,14 +100,21 @@ class Marks:
             text = text.replace(stand_in, letter)
         return text
 
-    def on_source(self) -> str:
-        """The template, looking for marked text where it looks for text."""
+    def engine(self, where: str) -> Engine:
+        """The template, looking for marked text where it looked for text."""
 
-        def marked(match: re.Match[str]) -> str:
+        def literal(match: re.Match[str]) -> str:
             before, argument, operand = match.groups()
             return (before or "") + self.on_name(argument or operand)
 
-        return _SOUGHT.sub(marked, self._source)
+        def variable(match: re.Match[str]) -> str:
+            return f"{match[1] or match[3]}({match[2] or match[4]}|marked)"
+
+        def marked(value: Any) -> Any:
+            return self.on_name(value) if isinstance(value, str) else value
+
+        source = _SOUGHT_VARIABLE.sub(variable, _SOUGHT.sub(literal, self._source))
+        return Engine(source, where=where, marked=marked, kept=frozenset(self._stand_in.values()))
 
     def _assign(self, taken: Iterable[str]) -> None:
         taken = set(taken)

@@ -158,7 +158,7 @@ class ChatTemplate:
         if not any(map(self._marks.touches, strings)):
             return text
         if self._marks.avoid(strings) or self._marked_engine is None:
-            self._marked_engine = Engine(self._marks.on_source(), where=self._where)
+            self._marked_engine = self._marks.engine(self._where)
         n_values = _count(shaped)
         # What an assistant said is a model's own markup where a template insists on reading it.
         for trusted, engine in itertools.product(("", "assistant"), (self._marked_engine, self._engine)):
