@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     State: TypeAlias = NDArray[np.uint8]
 
 LAYOUT = 1  # of states and rows; counted up when the core changes what their bytes mean
+_SETTINGS = {"layout": int, "byteorder": str, "kv_type": list, "n_batch": int, "n_ring": int, "device": str}
 _MAX_JSON = 1 << 30
 
 
@@ -180,13 +181,18 @@ class SavedSession:
             raise self.wrong("is not a saved session")
         self.settings: dict[str, Any] = self._field("settings", dict)
         self.options: dict[str, Any] = self._field("options", dict)
-        self.models: dict[str, dict[str, Any] | None] = self._field("models", dict)
+        self.models: dict[str, dict[str, str] | None] = self._field("models", dict)
         self.n_committed: int = self._field("n_committed", int)
         self.snapshots: list[int] = self._field("snapshots", list)
-        if not all(
-            isinstance(model, dict) or (model is None and role == "draft") for role, model in self.models.items()
-        ):
-            raise self.wrong("does not say which models it was saved with", "models")
+        for role in ("target", "draft"):
+            model = self.models.get(role)
+            if model is None and role == "draft":
+                continue
+            if not isinstance(model, dict) or not all(type(model.get(part)) is str for part in ("path", "fingerprint")):
+                raise self.wrong(f"does not say with which {role} it was saved", "models")
+        for name, kind in _SETTINGS.items():
+            if type(self.settings.get(name)) is not kind:
+                raise self.wrong(f"does not say with which {name} it was saved", "settings")
         places = [0, *self.snapshots, self.n_committed + 1]
         if not all(type(n) is int for n in places) or not all(a < b for a, b in pairwise(places)):
             raise self.wrong(f"has snapshots that are not in order within its {self.n_committed} tokens", "snapshots")

@@ -258,6 +258,7 @@ def rewritten(path: Path, meta: Any = None, **sections: bytes | None) -> None:
         {"meta": {"models": {}}},
         {"meta": {"models": {"target": 3, "draft": None}}},
         {"meta": {"models": []}},
+        {"meta": {"models": {"target": {"path": 3, "fingerprint": "0"}, "draft": None}}},
         {"meta": {"settings": {}}},
         {"meta": {"settings": 3}},
         {"meta": {"options": None}},
