@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
     from pydflash.documents import Documents
     from pydflash.sampling import Settings
-    from pydflash.store import Core
+    from pydflash.store import Core, SavedSession
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -389,7 +389,7 @@ class Session(OpenSession):
         Everything is checked before anything is used. Raises SessionFileError for a file that is damaged, or does not
         fit these models and options, and what opening a session does.
         """
-        from pydflash.store import SavedSession, restore_into
+        from pydflash.store import SavedSession
 
         with SavedSession(path) as saved:
             shipped = saved.options.pop("shipped", False)
@@ -399,13 +399,29 @@ class Session(OpenSession):
             shaping = {name: saved.settings[name] for name in ("kv_type", "n_batch", "n_ring")}
             session = cls(target, draft, **{**saved.options, **shaping, **options})
             try:
-                restore_into(session._store_core(), saved)
-                session._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
-                session._conversation.restore(saved.conversation)
+                session._restore(saved)
             except BaseException:
                 session.close()
                 raise
             return session
+
+    def restore(self, path: PathLike) -> None:
+        """What a saved session held takes the place of what this one holds.
+
+        The models must be the same, and what shapes the state (kv_type, n_batch, n_ring). Everything is checked before
+        anything changes. Raises SessionFileError, ContextFullError.
+        """
+        from pydflash.store import SavedSession
+
+        with SavedSession(path) as saved, self._changing():
+            self._restore(saved)
+
+    def _restore(self, saved: SavedSession) -> None:
+        from pydflash.store import restore_into
+
+        restore_into(self._store_core(), saved)
+        self._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
+        self._conversation.restore(saved.conversation)
 
     @property
     def messages(self) -> list[Message]:

@@ -159,6 +159,7 @@ def prompts(a: argparse.Namespace) -> Iterator[Row]:
             ids = ids[: session.n_ctx - n_gen]
             plain: list[int] = []
             for way, options in ways:
+                session.reset()  # or the prompt would not be evaluated again
                 start = time.perf_counter()
                 first = None
                 for chunk in session.stream(ids, max_tokens=n_gen, ignore_eos=True, **options):

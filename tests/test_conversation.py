@@ -315,6 +315,13 @@ def test_saved_and_loaded(session: Session, chat_target: Path, tiny_draft: Path,
         loaded.rewind(100)  # with the snapshots of before
         session.rewind(100)
         assert loaded.generate(None, **GREEDY).ids == session.generate(None, **GREEDY).ids
+    at_the_question = session.tokens
+    session.reset()
+    session.ask("Something else?", **GREEDY)
+    session.restore(tmp_path / "fox.session")
+    assert session.ask("Where?", **GREEDY).ids == mine.ids
+    session.rewind(100)
+    assert session.tokens == at_the_question[:100]
     with pytest.raises(pydflash.SessionFileError, match="was saved with a draft, but this"):
         Session.load(tmp_path / "fox.session", chat_target)
     with pytest.raises(pydflash.SessionFileError, match="kv_type"):
@@ -323,6 +330,9 @@ def test_saved_and_loaded(session: Session, chat_target: Path, tiny_draft: Path,
         Session.load(tmp_path / "fox.session", n_ctx=100)
     with pytest.raises(pydflash.SessionFileError):
         Session.load(chat_target)
+    with pytest.raises(pydflash.SessionFileError):
+        session.restore(chat_target)
+    assert session.tokens == at_the_question[:100]
 
 
 def test_an_empty_session_is_saved_too(session: Session, tmp_path: Path) -> None:
