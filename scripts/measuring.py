@@ -195,6 +195,11 @@ def anonymous_mib() -> float:
     return _status_mib("RssAnon")
 
 
+def resident_mib() -> float:
+    """Memory of this process that is there now, files that are mapped included, MiB."""
+    return _status_mib("VmRSS")
+
+
 def allocated_mib() -> float:
     """Memory of this process that was asked for, MiB, touched or not: buffers for a long context fill as it grows."""
     return _status_mib("VmData")
