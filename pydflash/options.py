@@ -126,6 +126,7 @@ def generate_params(
     frequency_penalty: float = 0.0,
     logit_bias: Mapping[int, float] | None = None,
     logprobs: int | None = None,
+    copying: bool = True,
 ) -> tuple[Any, Any]:
     """A filled pf_generate_params, and the arrays it points into, which must live until it has been used."""
     params = ffi.new("pf_generate_params *")
@@ -141,6 +142,7 @@ def generate_params(
     params.presence_penalty = number("presence_penalty", presence_penalty, -100, 100)
     params.frequency_penalty = number("frequency_penalty", frequency_penalty, -100, 100)
     params.n_logprobs = -1 if logprobs is None else integer("logprobs", logprobs, 0, lib.PF_MAX_LOGPROBS)
+    params.copying = bool(copying)
     bias = biases(logit_bias)
     arrays = ffi.new("int32_t[]", stop_ids), ffi.new("int32_t[]", list(bias)), ffi.new("float[]", list(bias.values()))
     params.stop_ids, params.bias_ids, params.bias = arrays

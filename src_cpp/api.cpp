@@ -128,6 +128,7 @@ void pf_generate_params_default(pf_generate_params * params) {
     params->top_p = 1.0f;
     params->repeat_penalty = 1.0f;
     params->n_logprobs = -1;
+    params->copying = 1;
 }
 
 int pf_session_open(const pf_model * target, const pf_draft * draft, const pf_session_params * params,

@@ -4,6 +4,7 @@
 
 #include "api_guard.h"
 #include "spec/chooser.h"
+#include "spec/copy_index.h"
 #include "spec/tree.h"
 
 namespace {
@@ -42,6 +43,28 @@ int pf_top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, fl
         pf::require(k >= 1 && k <= n_vocab, "k must be 1 to n_vocab");
         pf::require(ids && logp, "ids and logp must not be NULL");
         pf::top_k(logits, n_vocab, k, ids, logp);
+    });
+}
+
+int pf_copy_matches(const int32_t * before, int64_t n_before, const int32_t * tokens, int64_t n, int64_t first,
+                    int64_t * at, int32_t * length) {
+    return pf::guard([&] {
+        pf::require(n_before >= 0 && n >= 0 && std::max(n_before, n) <= INT32_MAX,
+                    "n and n_before must be 0 to 2^31 - 1");
+        pf::require(first >= 0 && first <= n, "first must be 0 to n");
+        pf::require((n_before == 0 || before) && (n == 0 || tokens), "before and tokens must not be NULL");
+        pf::require(first == n || (at && length), "the output arrays must not be NULL");
+        pf::CopyIndex index(std::max(n_before, n));
+        index.grow(before, n_before);
+        const auto ends = std::mismatch(before, before + n_before, tokens, tokens + n);
+        index.shrink(before, std::min<int64_t>(ends.first - before, first));
+        index.grow(tokens, first);
+        for (int64_t i = first; i < n; ++i) {
+            index.grow(tokens, i + 1);
+            const pf::Match match = index.match(tokens);
+            at[i - first] = match.at;
+            length[i - first] = match.length;
+        }
     });
 }
 

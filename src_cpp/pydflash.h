@@ -181,6 +181,9 @@ typedef struct pf_generate_params {
     float presence_penalty;  /* 0: off; -100 to 100 */
     float frequency_penalty; /* 0: off; -100 to 100 */
     int32_t n_logprobs;      /* likeliest tokens to report with each, 0 to PF_MAX_LOGPROBS; -1: report nothing */
+    /* 1: where the last tokens stood on the timeline before, what followed there shares the tree with what is drafted.
+     * 0: nothing is copied. */
+    int32_t copying;
 } pf_generate_params;
 
 /* What one step did. Times are milliseconds. */
@@ -191,6 +194,7 @@ typedef struct pf_step_result {
     int32_t n_nodes;   /* real nodes in the verified tree, the root included */
     int32_t max_depth; /* depth of the tree offered; the root has 0 */
     int32_t stopped;   /* 1: the last token is one of stop_ids */
+    int32_t n_copied;  /* tokens, from the first on, that copying had proposed, drafted as well or not */
     double draft_ms, build_ms, verify_ms, accept_ms;
 } pf_step_result;
 
@@ -351,6 +355,13 @@ PF_API int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_dept
                          int32_t shape, const pf_calibration * calibration, int32_t root_token, const pf_line * line,
                          pf_allowed allowed, void * user, int32_t * token, int32_t * parent, int32_t * depth,
                          int32_t * rank, float * score, int32_t * n_nodes);
+
+/* Where the last tokens of a timeline stood before, as copying finds it (3 tokens at least; matches count up to 32): for
+ * each i in [first, n) the end of the longest match of tokens[0, i + 1)'s end with what stands before, the latest of equals
+ * (among the positions looked at, a bounded number), at[i - first] (-1: none) and length[i - first]. The timeline
+ * was `before` first, and went back to what the two have in common. */
+PF_API int pf_copy_matches(const int32_t * before, int64_t n_before, const int32_t * tokens, int64_t n, int64_t first,
+                           int64_t * at, int32_t * length);
 
 /* The target's choice from one row of logits at a position of the timeline: argmax (ties: lowest id) at temperature 0,
  * else the one draw that (seed, position) stand for. ids [n_ids] are the tokens that penalties see, the last n_output of

@@ -36,7 +36,7 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
                  const pf_session_params & given)
     : target_(std::move(target)), drafter_(std::move(drafter)), plan_(require_plan(*target_, drafter_.get(), given)),
       n_ctx_(plan_.params.n_ctx), n_batch_(given.n_batch), runner_(*target_, drafter_.get(), plan_.params),
-      chooser_(target_->n_vocab) {
+      chooser_(target_->n_vocab), copier_(n_ctx_) {
     if (drafter_) {
         top_ids_.resize((size_t) (drafter_->block_size * PF_MAX_NODES));
         top_logp_.resize(top_ids_.size());
@@ -58,6 +58,7 @@ void Session::reset() {
     tokens_.clear();
     uncommitted_ = false;
     chooser_.counts.clear();
+    copier_.clear();
     runner_.clear();
 }
 
@@ -120,6 +121,7 @@ void Session::configure(const pf_generate_params & params) {
     logits_.resize(chooser_.reads_logits() ? (size_t) target_->n_vocab : 0);
     budget_ = budget;
     shape_ = params.shape;
+    copying_ = params.copying != 0;
     stop_ids_.assign(params.stop_ids, params.stop_ids + params.n_stop_ids);
 }
 
@@ -160,6 +162,7 @@ void Session::append(const int32_t * ids, uint64_t n) {
         options.taps = taps();
         evaluate(n_tokens() - 1, options, [](const PassOutputs &, size_t, size_t) {}); // the last becomes pending
         chooser_.counts.append(ids, n);
+        copier_.grow(tokens_.data(), n_tokens());
     });
 }
 
@@ -195,9 +198,14 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         }
         out.draft_ms = timer.lap_ms();
 
-        // 2. Build the tree.
+        // 2. Build the tree: the block, and what can be copied.
+        const Line * line = nullptr;
+        if (copying_ && n_depth > 0) {
+            line = copier_.propose(tokens_.data(), n_tokens(), std::min(budget_, room - 1), top_ids_.data(),
+                                   top_logp_.data(), n_depth, n_rank);
+        }
         build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0,
-                   shape_, nullptr, pending(), nullptr, {}, tree_);
+                   shape_, nullptr, pending(), line, {}, tree_);
         out.build_ms = timer.lap_ms();
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.
@@ -243,6 +251,11 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         out.n_nodes = tree_.n_nodes;
         out.max_depth = *std::max_element(tree_.depth, tree_.depth + tree_.n_nodes);
         out.stopped = accepted_.stopped ? 1 : 0;
+        out.n_copied = 0;
+        while (line && out.n_copied < std::min(line->n, accepted_.n_path - 1) &&
+               accepted_.tokens[out.n_copied] == line->token[out.n_copied]) {
+            ++out.n_copied;
+        }
         uncommitted_ = true;
     });
 }
@@ -266,6 +279,8 @@ void Session::commit(int32_t n_keep) {
         n_ += n_keep;
         tokens_.insert(tokens_.end(), accepted_.tokens, accepted_.tokens + n_keep);
         std::for_each(accepted_.tokens, accepted_.tokens + n_keep, [&](int32_t id) { chooser_.counts.say(id); });
+        copier_.learn(accepted_.tokens, n_keep);
+        copier_.grow(tokens_.data(), n_tokens());
         uncommitted_ = false;
     });
 }
@@ -328,6 +343,7 @@ void Session::rewind(int64_t n, const void * state, uint64_t size) {
         set_state(runner_.caches(), n, state);
     }
     n_ = n;
+    copier_.shrink(tokens_.data(), n);
     tokens_.resize((size_t) n);
     chooser_.counts.rebuild(tokens_.data(), (uint64_t) n);
 }
@@ -379,6 +395,7 @@ void Session::restore(const int32_t * ids, int64_t n, const void * state, uint64
     tokens_.assign(ids, ids + n);
     n_ = n;
     chooser_.counts.rebuild(ids, (uint64_t) n);
+    copier_.grow(ids, n);
 }
 
 void Session::copy(const Session & from) {
@@ -402,12 +419,14 @@ void Session::copy(const Session & from) {
     reset_on_error([&] {
         budget_ = from.budget_;
         shape_ = from.shape_;
+        copying_ = from.copying_;
         stop_ids_ = from.stop_ids_;
         logits_.resize(from.logits_.size());
         chooser_ = from.chooser_;
         copy_timeline(from.runner_.caches(), runner_.caches(), from.n_);
         tokens_ = from.tokens_;
         n_ = from.n_;
+        copier_.copy(from.copier_, tokens_.data(), n_tokens());
     });
 }
 

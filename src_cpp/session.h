@@ -13,6 +13,7 @@
 #include "runner.h"
 #include "spec/accept.h"
 #include "spec/chooser.h"
+#include "spec/copier.h"
 #include "spec/tree.h"
 
 namespace pf {
@@ -77,11 +78,13 @@ class Session {
     int32_t n_batch_;
     Runner runner_;
     Chooser chooser_;
+    Copier copier_;
 
     std::vector<int32_t> tokens_; // the timeline: the committed tokens, then the pending one if there is one
     int64_t n_ = 0;               // committed tokens
     int32_t budget_ = 0;
     int32_t shape_ = PF_SHAPE_TREE;
+    bool copying_ = true;
     std::vector<int32_t> stop_ids_;
 
     Tree tree_; // of the last step

@@ -156,7 +156,7 @@ def test_steps_that_move_rows_and_steps_that_do_not(own_drafts: pydflash.Session
     formula = Formula(own_drafts.n_embd, 23)
     seen = set()
     ids = own_drafts.tokenize("def add(a, b):\n    return a + b\n\n\nclass Point:\n    def __init__(self, x, y):\n")
-    for step in counted_steps(own_drafts, ids, 60, budget=22):
+    for step in counted_steps(own_drafts, ids, 30, budget=22):
         moved = step.traffic.bytes_set - formula.bytes_set(step.n_tokens, drafted=True, moved=False)
         assert moved in (
             0,
