@@ -290,7 +290,11 @@ def test_messages_are_left_as_they_were() -> None:
     messages, told = CONVERSATIONS["one call"]
     before = json.dumps(messages)
     template("qwen3.5").encode(**given_to_ours(messages, told))
-    ChatTemplate("{{ messages.pop() }}{{ messages[0].clear() }}", TOKENIZER).render(messages)
+    changing = ChatTemplate("{{ messages.pop().content }}{{ messages|length }}{{ messages[0].clear() }}", TOKENIZER)
+    ids = changing.encode([user("a"), user("<think>")])
+    assert TOKENIZER.decode(ids) == "<think>1None"
+    assert special_in(ids) == {}
+    changing.render(messages)
     assert json.dumps(messages) == before
 
 

@@ -91,6 +91,10 @@ class Engine:
             raise ArgumentError(f"{self._where} cannot render these messages: {_said(error)}") from None
         except Exception as error:  # out of a helper of ours, or a method of Python's that the template called
             raise ArgumentError(f"{self._where} cannot render these messages: {error}") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # the engine's, which is no Exception
+                raise
+            raise UnsupportedModelError(f"{self._where} cannot be run: {error}") from None
 
 
 class Number:

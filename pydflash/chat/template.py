@@ -140,7 +140,7 @@ class ChatTemplate:
         for messages in _shapes(given["messages"]):
             shaped = {**given, "messages": messages}
             try:
-                text = self._engine.render(shaped, n_values=_count(shaped))
+                text = self._engine.render(_mapped(shaped, str), n_values=_count(shaped))  # it may change its copy
             except ArgumentError as error:
                 refused = refused or error
                 continue
@@ -308,7 +308,7 @@ def _spills(text: str, messages: list[dict[str, Any]]) -> bool:
     """Whether a list or dict came out as Python writes it: the template took it for a string."""
     for message in messages:
         content, calls = message.get("content"), message.get("tool_calls")
-        if isinstance(content, list) and content and repr(content[:1])[:10] in text:
+        if isinstance(content, list) and content and repr(content)[:24] in text:
             return True
         for call in calls if isinstance(calls, list) else ():
             call = call.get("function", call) if isinstance(call, dict) else {}
