@@ -1,4 +1,4 @@
-"""scripts/run.py from outside: its output streams, its JSON, its exit codes."""
+"""`pydflash run`, and scripts/run.py from outside: its output streams, its JSON, its exit codes."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 
 import pydflash
+from pydflash.cli import main
+from pydflash.documents import read_documents
 from tests.tiny_models import TinyDraft, TinyTarget
 
 SCRIPT = Path(__file__).parent.parent / "scripts" / "run.py"
@@ -194,3 +196,87 @@ def test_the_shipped_pair_from_any_folder(tmp_path: Path) -> None:
     assert "48 tokens" in done.stderr
     passes = float(done.stderr.split(" tokens each")[0].split()[-1])
     assert passes > 2  # a trained drafter: a random one accepts next to nothing
+
+
+# ---- what `pydflash run` passes on -----------------------------------------------------------------------------------
+
+
+def run_here(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, Any]:
+    assert main(["run", "--json", "--n-threads", "1", *map(str, arguments)]) == 0
+    result: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return result
+
+
+def test_every_setting_of_sampling(
+    pair: tuple[object, ...], tiny_session: pydflash.Session, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = (
+        *("--temperature", 1.2, "--top-k", 200, "--top-p", 0.95, "--min-p", 0.001, "--repeat-penalty", 1.2),
+        *("--presence-penalty", 0.5, "--frequency-penalty", 0.25, "--logit-bias", "65=3", "--logit-bias", "66=-inf"),
+        *("--seed", 7, "--ignore-eos", "--logprobs", 2, "--n-gen", 20, "--stop", "zzz", "--stop", "yyy"),
+    )
+    settings = pydflash.Sampling(
+        temperature=1.2,
+        top_k=200,
+        top_p=0.95,
+        min_p=0.001,
+        repeat_penalty=1.2,
+        presence_penalty=0.5,
+        frequency_penalty=0.25,
+        logit_bias={65: 3.0, 66: float("-inf")},
+        seed=7,
+        ignore_eos=True,
+        logprobs=2,
+        max_tokens=20,
+        stop=["zzz", "yyy"],
+    )
+    found = run_here(capsys, *pair, "--prompt", "the tree", *flags)
+    expected = tiny_session.generate("the tree", settings)
+    assert found["ids"] == expected.ids
+    assert expected.logprobs is not None
+    for token, wanted in zip(found["logprobs"], expected.logprobs, strict=True):
+        assert (token["id"], token["token"]) == (wanted.id, tiny_session.detokenize([wanted.id]))
+        assert token["logprob"] == pytest.approx(wanted.logprob, abs=1e-4)
+        assert [top["id"] for top in token["top"]] == [token_id for token_id, _ in wanted.top]
+
+
+def test_documents_and_messages(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "oak.txt").write_text("An oak is a tree.\n")
+    (tmp_path / "fir.md").write_text("# Fir\n")
+    shared = ("--n-ctx", 1024, "--kv-type", "f32", "-n", 12, "--prompt", "What is an oak?")
+    files = ("--file", tmp_path / "oak.txt", "--file", tmp_path / "fir.md")
+    documents = [read_documents(path)[0].as_prompt() for path in files[1::2]]
+    with pydflash.Session(n_ctx=1024, kv_type="f32", n_threads=1) as session:
+        raw = session.generate("".join(documents) + "What is an oak?", max_tokens=12)
+        assert run_here(capsys, *shared, *files)["ids"] == raw.ids
+        messages = [{"role": "user", "content": text} for text in (*documents, "What is an oak?")]
+        chat = session.chat([{"role": "system", "content": "Be brief."}, *messages], max_tokens=12)
+    found = run_here(capsys, *shared, *files, "--chat", "--system", "Be brief.")
+    assert (found["ids"], found["content"], found["reasoning"]) == (chat.ids, chat.content, chat.reasoning)
+    assert found["tool_calls"] == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "sentence"),
+    [
+        (("--system", "Be brief."), 2, "go with --chat"),
+        (("--think",), 2, "go with --chat"),
+        (("--logprobs", 2), 2, "--logprobs goes with --json"),
+        (("--logit-bias", "a=1"), 2, "invalid ID=B value"),
+        (("--top-p", 2), 2, "top_p is 2.0"),
+        (("--file", "nowhere.txt"), 1, "nowhere.txt does not exist"),
+        (("--json-schema", "nowhere.json"), 1, "cannot read the schema nowhere.json"),
+        (("--json-schema", SCRIPT), 2, "is not JSON"),
+        (("--regex", "a", "--choice", "b"), 2, "not allowed with"),
+    ],
+)
+def test_refusals_of_what_is_passed_on(
+    arguments: tuple[object, ...], code: int, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        found = main(["run", "--prompt", "a", *map(str, arguments)])
+    except SystemExit as ended:  # as argparse does
+        found = ended.code
+    output = capsys.readouterr()
+    assert (found, output.out) == (code, "")
+    assert sentence in output.err

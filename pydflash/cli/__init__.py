@@ -15,7 +15,7 @@ from importlib import import_module
 from pydflash import __version__
 from pydflash.errors import ArgumentError, PydflashError
 
-COMMANDS = ("run", "plan", "info", "pull", "convert", "bench")
+COMMANDS = ("run", "chat", "plan", "info", "pull", "convert", "bench")
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:

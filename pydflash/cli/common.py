@@ -13,7 +13,19 @@ from pydflash.errors import ArgumentError, HubError, ModelFileError
 if TYPE_CHECKING:
     import pydflash
 
-BUDGET, CACHE_SIZE = 16, "16GiB"  # Session's own defaults
+DEFAULTS: dict[str, Any] = {  # Session's own
+    "n_ctx": None,
+    "kv_type": "auto",
+    "budget": 16,
+    "chain": False,
+    "device": "auto",
+    "n_batch": 512,
+    "n_ring": 4096,
+    "n_threads": None,
+    "cache_dir": None,
+    "cache_size": "16GiB",
+}
+BUDGET = DEFAULTS["budget"]
 
 
 def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -52,15 +64,22 @@ def add_cache(parser: argparse.ArgumentParser) -> None:
     """Long prompts kept on disk."""
     group = parser.add_argument_group("documents read before")
     group.add_argument("--cache-dir", metavar="DIR", help="keep long prompts there, so that they are read only once")
-    group.add_argument(
-        "--cache-size", default=CACHE_SIZE, metavar="SIZE", help=f"what that may take (default: {CACHE_SIZE})"
-    )
+    group.add_argument("--cache-size", metavar="SIZE", help="what that may take (default: 16GiB)")
 
 
 def add_documents(parser: argparse._ArgumentGroup) -> None:
     """--file, which may be given again."""
     parser.add_argument(
         "--file", action="append", metavar="PATH", help="a document, or a folder of them; may be given again"
+    )
+
+
+def add_load(parser: argparse._ArgumentGroup) -> None:
+    """--load, for `open_session`."""
+    parser.add_argument(
+        "--load",
+        metavar="PATH",
+        help="go on with a session that was saved; its models and settings, where none are given",
     )
 
 
@@ -129,24 +148,18 @@ def _bias(text: str) -> tuple[int, float]:
 _bias.__name__ = "ID=B"  # argparse names the type in its refusal
 
 _SETTINGS = (
-    "temperature",
-    "top_k",
-    "top_p",
-    "min_p",
-    "repeat_penalty",
-    "presence_penalty",
-    "frequency_penalty",
-    "seed",
-    "stop",
-    "ignore_eos",
+    *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"),
+    *("seed", "stop", "ignore_eos", "logprobs"),
 )
 
 
-def sampling(options: argparse.Namespace) -> dict[str, Any]:
-    """The settings of a run that were given, by the names of `Sampling`."""
-    given: dict[str, Any] = {name: getattr(options, name) for name in _SETTINGS}
+def sampling(options: argparse.Namespace) -> pydflash.Sampling:
+    """The settings of a run, checked; what was not given is as `Sampling` has it."""
+    from pydflash import Sampling
+
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in _SETTINGS}
     given["logit_bias"] = dict(options.logit_bias) if options.logit_bias else None
-    return {"max_tokens": options.n_gen} | {name: value for name, value in given.items() if value is not None}
+    return Sampling(max_tokens=options.n_gen, **{name: x for name, x in given.items() if x is not None})
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
@@ -169,9 +182,9 @@ def response_format(options: argparse.Namespace) -> Mapping[str, Any] | None:
             raise ArgumentError(f"the schema {options.json_schema} is not JSON: {error}") from None
         return {"type": "json_schema", "json_schema": {"schema": schema}}
     if options.regex is not None:
-        return {"type": "regex", "regex": options.regex}
+        return {"regex": options.regex}
     if options.choice is not None:
-        return {"type": "choice", "choice": options.choice}
+        return {"choice": options.choice}
     return None
 
 
@@ -195,31 +208,29 @@ def find_models(target: str, draft: str | None) -> tuple[str, str | None]:
     return os.fspath(pair.target), None if pair.draft is None else os.fspath(pair.draft)
 
 
-def open_session(options: argparse.Namespace, *, budget: int | None = None) -> pydflash.Session:
-    """A session as the options of models, session and, where a command has it, drafting say."""
-    import pydflash
-    from pydflash import models
+def open_session(
+    options: argparse.Namespace, *, load: str | None = None, budget: int | None = None
+) -> pydflash.Session:
+    """A session as the options of models, session and, where a command has it, drafting say.
+
+    load: what a session has saved, to go on with; the settings that the command line leaves open are the file's then.
+    """
+    from pydflash import Session, models
     from pydflash.options import kv_type_of
 
     target, draft = options.target, options.draft
     plain = getattr(options, "no_draft", False)
     if target is not None:
         target, draft = find_models(target, draft)
-    elif plain:
+    elif plain and load is None:
         target = models.target_path()
-    if budget is None:
-        budget = BUDGET if options.budget is None else options.budget
-    return pydflash.Session(
-        target,
-        None if plain else draft,
-        n_ctx=options.n_ctx,
-        kv_type=kv_type_of(options.kv_type),
-        budget=budget,
-        chain=getattr(options, "chain", False),
-        device=options.device,
-        n_batch=options.n_batch,
-        n_ring=options.n_ring,
-        n_threads=options.n_threads,
-        cache_dir=getattr(options, "cache_dir", None),
-        cache_size=getattr(options, "cache_size", CACHE_SIZE),
-    )
+    given: dict[str, Any] = {name: getattr(options, name, None) for name in DEFAULTS}
+    given["budget"] = options.budget if budget is None else budget
+    given["kv_type"] = kv_type_of(options.kv_type)
+    if load is None:
+        filled: dict[str, Any] = {
+            name: default if given[name] is None else given[name] for name, default in DEFAULTS.items()
+        }
+        return Session(target, None if plain else draft, **filled)
+    changed = {name: value for name, value in given.items() if value is not None and value != DEFAULTS[name]}
+    return Session.load(load, target, None if plain else draft, **changed)

@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     template.add_argument("--raw", action="store_true", help="text to go on with (default)")
     chat.add_argument("--system", metavar="TEXT", help="what the model is told before all else")
     common.add_thinking(chat)
+    common.add_load(chat)
     common.add_models(parser)
     common.add_session(parser)
     common.add_cache(parser)
@@ -66,21 +67,19 @@ def run(options: argparse.Namespace) -> int:
         options.usage_error("no prompt: give --prompt TEXT, -f FILE, or pipe it in")
     if options.logprobs is not None and not options.json:
         options.usage_error("--logprobs goes with --json")
-    if not options.chat and (options.system is not None or options.thinking is not None):
-        options.usage_error("--system, --think and --no-think go with --chat")
-    settings = common.sampling(options)
-    if options.logprobs is not None:
-        settings["logprobs"] = options.logprobs
+    if not options.chat and any(x is not None for x in (options.system, options.thinking, options.load)):
+        options.usage_error("--system, --think, --no-think and --load go with --chat")
+    if options.load is not None and options.system is not None:
+        options.usage_error("--system goes without --load: the session that was saved has begun already")
+    sampling = common.sampling(options)
     form = common.response_format(options)
-    if form is not None:
-        settings["response_format"] = form
     prompt = read_prompt(options)
     documents = read_documents(options.file or ())
-    with common.open_session(options) as session:
-        result = generate(session, prompt, documents, settings, options)
+    with common.open_session(options, load=options.load) as session:
+        result = generate(session, prompt, documents, options, sampling, response_format=form)
     if options.json:
         print(json.dumps(as_dict(result, session.tokenizer, chat=options.chat)), flush=True)
-    print(figures(result, settings.get("temperature", 0)), file=sys.stderr)
+    print(figures(result, sampling.temperature), file=sys.stderr)
     return 130 if result.finish_reason == "cancelled" else 0
 
 
@@ -108,19 +107,24 @@ def read_documents(paths: Sequence[str]) -> list[str]:
 
 
 def generate(
-    session: pydflash.Session, prompt: str, documents: list[str], settings: dict[str, Any], options: argparse.Namespace
+    session: pydflash.Session,
+    prompt: str,
+    documents: list[str],
+    options: argparse.Namespace,
+    sampling: pydflash.Sampling,
+    **settings: Any,
 ) -> pydflash.Result:
     """The run; Ctrl-C ends it at its next step."""
     writer = AnswerWriter(session.tokenizer, drafted=options.show_drafted)
     with terminal.cancelling(session) as interrupted:
         with terminal.reading("reading") as progress:
             if options.chat:
-                messages = [{"role": "user", "content": text} for text in (*documents, prompt)]
-                if options.system is not None:
-                    messages.insert(0, {"role": "system", "content": options.system})
-                chunks = session.stream_chat(messages, thinking=options.thinking, progress=progress, **settings)
+                system = [] if options.system is None else [{"role": "system", "content": options.system}]
+                read = [{"role": "user", "content": text} for text in documents]
+                session.messages = [*session.messages, *system, *read]
+                chunks = session.stream_ask(prompt, sampling, thinking=options.thinking, progress=progress, **settings)
             else:
-                chunks = session.stream("".join((*documents, prompt)), progress=progress, **settings)
+                chunks = session.stream("".join((*documents, prompt)), sampling, progress=progress, **settings)
             chunk = next(chunks)
         while True:
             if not options.json:
