@@ -260,10 +260,10 @@ def deep(n: int) -> Any:
     ],
 )
 def test_a_bad_template_ends_in_a_sentence(source: str, error: type[Exception], sentence: str) -> None:
-    before = time.perf_counter()
+    before = time.process_time()
     with pytest.raises(error, match=sentence) as raised:
         ChatTemplate(source, TOKENIZER).render([user("Hi")])
-    assert time.perf_counter() - before < 1
+    assert time.process_time() - before < 1
     assert len(str(raised.value)) < 300
 
 
@@ -301,6 +301,6 @@ def test_messages_are_left_as_they_were() -> None:
 def test_a_long_conversation_renders_quickly() -> None:
     messages = [user("q " * 100), assistant("<b>a</b> " * 100)] * 100
     template("qwen3.5").encode(messages[:2])
-    before = time.perf_counter()
+    before = time.process_time()
     template("qwen3.5").render(messages)
-    assert time.perf_counter() - before < 0.2  # 20 ms on an idle core
+    assert time.process_time() - before < 0.02
