@@ -38,6 +38,8 @@ _SPLITS = {
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 1, 2, 3, 4, 5
 # Control tokens that end a turn; files seldom name more than one of them in their keys.
 _END_TEXTS = frozenset(("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "<|end_of_text|>"))
+# What models say to be read by programs. Files differ in whether these are control tokens; they are text here.
+_SAID_TEXTS = frozenset(f"<{end}{name}>" for end in ("", "/") for name in ("think", "tool_call", "tool_response"))
 _END_KEYS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
@@ -96,6 +98,9 @@ class Tokenizer:
         self._split = _SPLITS[pre]
         # Few tokens are special; everything else is _NORMAL.
         self._types = {i: kind for i, kind in enumerate(token_types or ()) if kind != _NORMAL}
+        self._types |= {
+            i: _USER_DEFINED for i, kind in self._types.items() if kind == _CONTROL and tokens[i] in _SAID_TEXTS
+        }
         self.special = {
             tokens[i]: i for i, kind in self._types.items() if kind in (_CONTROL, _USER_DEFINED) and tokens[i]
         }

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pydflash._text import TextStream
 from pydflash.chat import AnswerDelta, AnswerStream
+from pydflash.tokenizer import _BYTE_OF, Tokenizer
 from tests.chat_templates import FILES, assistant, call, function, hugging_face, user
 
 TOOLS = [
@@ -94,6 +96,17 @@ def test_nothing_is_held_back_longer_than_it_must() -> None:
     assert stream.push("c").tool_calls == [{"index": 0, "function": {"arguments": "c"}}]
     assert stream.push("\\u00").tool_calls == []
     assert stream.push("e9").tool_calls == [{"index": 0, "function": {"arguments": "é"}}]
+
+
+@pytest.mark.parametrize("kind", [3, 4])  # control tokens or user-defined ones, as files have it
+def test_tags_reach_the_stream_as_text(kind: int) -> None:
+    tags = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<|im_end|>"]
+    vocabulary = Tokenizer([*_BYTE_OF, *tags], [], pre="qwen2", token_types=[1] * 256 + [kind] * 4 + [3])
+    ids = vocabulary.encode('<think>hm</think>Yes.<tool_call>{"name": "look", "arguments": {}}</tool_call><|im_end|>')
+    assert [i for i in ids if i >= 256] == [256, 257, 258, 259, 260]
+    text = TextStream(vocabulary)
+    pieces = [text.push([i])[0] for i in ids]
+    assert streamed([*pieces, text.finish()], tools=TOOLS)[:3] == ("hm", "Yes.", [("look", "{}")])
 
 
 # What a model may write, read back from the templates it was trained with.
