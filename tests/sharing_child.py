@@ -1,7 +1,9 @@
-"""One of two processes that use one folder of documents at once.
+"""One of two programs that share a folder of documents.
 
-sharing_child.py TARGET DRAFT FOLDER SECONDS SEED: prints how often it put, hit and missed; anything that is not as it
-should be, a line in the log among it, ends it with status 1.
+sharing_child.py TARGET DRAFT FOLDER SECONDS SEED: reads eight documents in a random order, in a folder with room for
+three, and goes on from each with the tokens that a session without a folder says. Prints how often a document was found
+and how often it was not, and the folder's limit in bytes. Whatever else happens, a line in the log among it, ends it
+with status 1.
 """
 
 from __future__ import annotations
@@ -9,15 +11,10 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 
-from pydflash._handles import Models
-from pydflash._lib import check, lib
-from pydflash.document_cache import DocumentCache
-from pydflash.store import Core, stored_bytes
-from tests.test_timeline_core import Core as Timeline
+from pydflash import Session
 
 
 class Raises(logging.Handler):
@@ -27,36 +24,25 @@ class Raises(logging.Handler):
         raise AssertionError(record.getMessage())
 
 
-def main(target: Path, draft: Path, folder: Path, seconds: float, seed: int) -> None:
+def main(target: str, draft: str, folder: str, seconds: float, seed: int) -> None:
     logging.getLogger("pydflash").addHandler(Raises(logging.WARNING))
-    pair = Models(target, draft, "cpu")
-    line = Timeline(pair)
-    core = Core(line.session, pair)
-    documents = [np.random.default_rng(i).integers(0, 280, 100 + i).astype(np.int32) for i in range(8)]
-    rows = []
-    for ids in documents:
-        line.reset()
-        line.append(ids.tolist())
-        rows.append(line.all())
-    cache = DocumentCache(folder, 3 * stored_bytes(core, []) + 3 * 5 * 4096)
+    documents = [np.random.default_rng(i).integers(0, 280, 130 + i).tolist() for i in range(8)]
+    options = {"kv_type": "f32", "n_threads": 1, "n_batch": 64, "checkpoint_every": 64}
+    with Session(target, draft, **options) as session:
+        expected = [session.generate(ids, max_tokens=6, ignore_eos=True).ids for ids in documents]
+        size = int(3.2 * session.save(f"{folder}/{seed}.size"))
     rng = np.random.default_rng(100 + seed)
-    counts = [0, 0, 0]
+    found = [0, 0]
     end = time.monotonic() + seconds
-    while time.monotonic() < end or min(counts) == 0:
-        i = int(rng.integers(8))
-        saved = cache.restore(core, documents[i])
-        counts[2 if saved is None else 1] += 1
-        if saved is None:
-            line.reset()
-            check(lib.pf_session_append(line.session, documents[i].tolist(), len(documents[i])))
-            assert cache.put(core, snapshots=[])
-            counts[0] += 1
-        else:
-            assert line.all() == rows[i]
-            saved.close()
-    line.handles.free()
-    print(*counts)
+    with Session(target, draft, cache_dir=folder, cache_size=size, **options) as session:
+        while time.monotonic() < end or min(found) == 0:
+            i = int(rng.integers(8))
+            session.reset()
+            result = session.generate(documents[i], max_tokens=6, ignore_eos=True)
+            assert result.ids == expected[i]
+            found[0 if result.cached_tokens else 1] += 1
+    print(*found, size)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), int(sys.argv[5]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4]), int(sys.argv[5]))

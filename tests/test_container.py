@@ -6,17 +6,13 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from pydflash import _container
 from pydflash.errors import SessionFileError
-from tests import saving_child
 
 SECTIONS = {"ids": b"\1\2\3", "empty": b"", "kv": random.Random(0).randbytes(3 * 4096), "state": bytes(range(256)) * 40}
 
@@ -178,38 +174,3 @@ def test_temporaries_of_the_dead_go_and_of_the_living_stay(saved: Path) -> None:
     assert read_all(saved) == {"a": b"1"}
     assert not dead.exists()
     assert sorted(os.listdir(saved.parent)) == sorted([saved.name, others.name])
-
-
-def run_child(*arguments: object, prefix: tuple[str, ...] = ()) -> dict[str, object]:
-    command = [*prefix, sys.executable, saving_child.__file__, *map(str, arguments)]
-    root = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join([root, *filter(None, sys.path)])
-    out = subprocess.run(command, check=True, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
-    answer: dict[str, object] = json.loads(out.stdout)
-    return answer
-
-
-def test_killed_at_any_moment_the_old_file_or_the_new_one_is_there(tmp_path: Path) -> None:
-    answer = run_child("kill", tmp_path / "a.session", 200)
-    assert int(str(answer["middle"])) >= 50  # savers that were caught with a temporary file in their hands
-    assert answer["files"] == ["a.session"]
-
-
-def test_a_size_limit_leaves_the_old_file(tmp_path: Path) -> None:
-    answer = run_child("limit", tmp_path / "a.session")
-    assert "File too large; what was there before is untouched" in str(answer["error"])
-    assert answer["generation"] == 1
-    assert answer["files"] == ["a.session"]
-
-
-def test_a_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
-    mount = f"mount -t tmpfs -o size=1m none {tmp_path} && "
-    prefix = ("unshare", "--mount", "sh", "-c", mount + 'exec "$@"', "sh")
-    if not shutil.which("unshare") or subprocess.run([*prefix, "true"], capture_output=True).returncode:
-        pytest.skip("a filesystem of 1 MiB cannot be mounted here")
-    answer = run_child("full", tmp_path / "a.session", prefix=prefix)
-    assert "No space left on device (5 MiB are needed, 1 are free); what was there before is untouched" in str(
-        answer["error"]
-    )
-    assert answer["generation"] == 1
-    assert answer["files"] == ["a.session"]

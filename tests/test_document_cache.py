@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +13,6 @@ import pytest
 from pydflash.document_cache import DocumentCache
 from pydflash.errors import SessionFileError
 from pydflash.store import Core
-from tests import sharing_child
 from tests.test_store import Opener, snapshot
 from tests.test_store import opened as opened
 from tests.test_timeline_core import Core as Timeline
@@ -171,22 +167,3 @@ def test_a_folder_that_goes_wrong_is_logged(
     (tmp_path / "file").touch()
     with pytest.raises(SessionFileError, match=r"documents cannot be kept in .*file"):
         DocumentCache(tmp_path / "file", 1)
-
-
-def test_two_processes_share_a_folder(tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
-    """Both put, evict and restore without pause, in a folder with room for three of eight documents: what is restored
-    is what was put, and nothing goes wrong in either."""
-    command = [sys.executable, sharing_child.__file__, str(tiny_target), str(tiny_draft), str(tmp_path), "2"]
-    root = str(Path(__file__).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([root, *filter(None, sys.path)])}
-    children = [
-        subprocess.Popen([*command, seed], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        for seed in "12"
-    ]
-    outs = [child.communicate(timeout=100)[0] for child in children]
-    assert [child.returncode for child in children] == [0, 0], outs
-    for out in outs:
-        n_put, n_hits, n_misses = map(int, out.split())
-        assert min(n_put, n_hits, n_misses) > 0, out
-    assert len(list(tmp_path.glob("*.session"))) <= 3
-    assert not list(tmp_path.glob("*.tmp"))
