@@ -63,9 +63,20 @@ class PseudoTerminal:
         """Types."""
         os.write(self._ours, text.encode())
 
-    def expect(self, pattern: str) -> re.Match[str]:
+    def press(self, key: str, *, until: str) -> re.Match[str]:
+        """Types a key, and again every two seconds until this is shown: Python's readline forgets a signal that comes
+        between two of its own calls."""
+        for _ in range(int(self._timeout / 2)):
+            self.send(key)
+            try:
+                return self.expect(until, timeout=2)
+            except AssertionError:
+                pass
+        return self.expect(until)
+
+    def expect(self, pattern: str, *, timeout: float | None = None) -> re.Match[str]:
         """Waits until what was shown since the last match holds this; the match."""
-        ends = time.monotonic() + self._timeout
+        ends = time.monotonic() + (self._timeout if timeout is None else timeout)
         while True:
             found = re.compile(pattern).search(self.shown, self._seen)
             if found:
