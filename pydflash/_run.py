@@ -52,7 +52,8 @@ def run(
     prefill makes the request's ids the timeline and gives the number of tokens that were there already.
     """
     check(lib.pf_session_configure(session, request.params))  # before prefill: the budget sizes what that keeps
-    constraint = None
+    constraint = request.constraint
+    check(lib.pf_session_constrain(session, ffi.NULL if constraint is None else constraint.attach()))
     text = TextStream(tokenizer, request.stops)
     started = time.perf_counter()
     n_cached = prefill(request)

@@ -113,6 +113,11 @@ class Tokenizer:
         )
         self.chat_template = chat_template
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Every token that is not plain text: control and user-defined ones, and unused entries."""
+        return frozenset(self._types)
+
     @classmethod
     def from_gguf(cls, path: str | os.PathLike[str]) -> Tokenizer:
         """Reads the tokenizer of a GGUF file; it may hold a vocabulary alone.

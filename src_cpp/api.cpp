@@ -185,6 +185,15 @@ int pf_session_configure(pf_session * session, const pf_generate_params * params
     });
 }
 
+int pf_session_constrain(pf_session * session, const pf_constraint * constraint) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_constrain: session must not be null");
+        pf::require(!constraint || constraint->size == sizeof(*constraint),
+                    "pf_session_constrain: the size field is wrong; set it to sizeof");
+        session->session.constrain(constraint);
+    });
+}
+
 int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out) {
     return pf::guard([&] {
         pf::require(session, "pf_session_step: session must not be null");

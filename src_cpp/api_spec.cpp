@@ -1,6 +1,5 @@
 // The C interface to the parts of a step: checks what the caller passed, then calls spec/.
 #include <algorithm>
-#include <vector>
 
 #include "api_guard.h"
 #include "spec/chooser.h"
@@ -15,7 +14,7 @@ void check_logits(const float * logits, int32_t n_vocab) {
     pf::require(pf::usable_logits(logits, n_vocab), "logits must hold no NaN and no +inf, and not only -inf");
 }
 
-// Checks what the caller passed and calls choose(chooser, row), the row being one that it may change.
+// Checks what the caller passed and calls choose(chooser).
 template <class Choose>
 void with_chooser(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
                   uint64_t n_ids, uint64_t n_output, Choose && choose) {
@@ -31,8 +30,7 @@ void with_chooser(const float * logits, int32_t n_vocab, const pf_generate_param
     chooser.configure(*params);
     chooser.counts.append(ids, n_ids - n_output);
     std::for_each(ids + (n_ids - n_output), ids + n_ids, [&](int32_t id) { chooser.counts.say(id); });
-    std::vector<float> row(logits, logits + n_vocab);
-    choose(chooser, row.data());
+    choose(chooser);
 }
 
 } // namespace
@@ -104,7 +102,7 @@ int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * 
         pf::require(position >= 0, "position must not be negative");
         pf::require(token, "token must not be NULL");
         with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
-                     [&](pf::Chooser & chooser, float * row) { *token = chooser.choose(row, position); });
+                     [&](pf::Chooser & chooser) { *token = chooser.choose(logits, position, nullptr); });
     });
 }
 
@@ -113,6 +111,6 @@ int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_par
     return pf::guard([&] {
         pf::require(probs, "probs must not be NULL");
         with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
-                     [&](pf::Chooser & chooser, float * row) { chooser.probs(row, probs); });
+                     [&](pf::Chooser & chooser) { chooser.probs(logits, probs); });
     });
 }

@@ -264,6 +264,26 @@ PF_API int pf_session_append(pf_session * session, const int32_t * ids, uint64_t
 
 /* Settings for the steps that follow. */
 PF_API int pf_session_configure(pf_session * session, const pf_generate_params * params);
+/* What may be said, asked of the caller in every step, on the thread that steps. A path is the n tokens behind the pending
+ * one on the way to a node, 0 to PF_MAX_NODES - 1 of them. An answer below 0 is a failure of the caller's: the step then
+ * fails with PF_ERR_STATE. */
+typedef struct pf_constraint {
+    uint32_t size;
+    int32_t n_vocab; /* tokens that it knows; the others are forbidden */
+    void * user;     /* given back in every call */
+    /* Sets bit id % 32 of bits[id / 32] for every token that may come next; [(n_vocab + 31) / 32], all 0 before. Temperature,
+     * filters and penalties see the tokens allowed alone. */
+    int (*mask)(void * user, const int32_t * path, int32_t n, uint32_t * bits);
+    /* 1: the path, n >= 1, may be said; 0: not its last token, all before it may. */
+    int (*allowed)(void * user, const int32_t * path, int32_t n);
+    /* Writes the tokens, `most` at most, that must come next, and returns how many: a guess that costs nothing but a place in
+     * the tree. */
+    int (*forced)(void * user, int32_t * out, int32_t most);
+} pf_constraint;
+
+/* For the steps that follow, until another takes its place; NULL: everything may be said. Resetting, rewinding and copying
+ * do not touch it: what it says must fit the timeline. */
+PF_API int pf_session_constrain(pf_session * session, const pf_constraint * constraint);
 /* Draft, build the tree, verify it in one target pass, accept. At most max_tokens tokens come back. */
 PF_API int pf_session_step(pf_session * session, int32_t max_tokens, pf_step_result * out);
 /* Commits the first n_keep (1 to n_tokens) tokens of the last step; what follows them never happened. Each step must be

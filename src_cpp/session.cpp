@@ -118,11 +118,15 @@ void Session::configure(const pf_generate_params & params) {
     }
     runner_.reserve_tree(budget + 1);
     chooser_.configure(params);
-    logits_.resize(chooser_.reads_logits() ? (size_t) target_->n_vocab : 0);
     budget_ = budget;
     shape_ = params.shape;
     copying_ = params.copying != 0;
     stop_ids_.assign(params.stop_ids, params.stop_ids + params.n_stop_ids);
+}
+
+void Session::constrain(const pf_constraint * given) {
+    require_settled("constrain");
+    constraint_ = given ? std::make_optional<Constraint>(*given, target_->n_vocab) : std::nullopt;
 }
 
 // ---- prefill -----------------------------------------------------------------------------------------------------
@@ -198,14 +202,21 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         }
         out.draft_ms = timer.lap_ms();
 
-        // 2. Build the tree: the block, and what can be copied.
+        // 2. Build the tree, of what may be said: the block, and what must come next or else what can be copied.
+        Constraint * const constraint = constraint_ ? &*constraint_ : nullptr;
+        const int32_t n_line = n_depth > 0 ? std::min(budget_, room - 1) : 0;
+        Allowed allowed;
         const Line * line = nullptr;
-        if (copying_ && n_depth > 0) {
-            line = copier_.propose(tokens_.data(), n_tokens(), std::min(budget_, room - 1), top_ids_.data(),
-                                   top_logp_.data(), n_depth, n_rank);
+        if (constraint) {
+            allowed = [&](const int32_t * path, int32_t n) { return constraint->allowed(path, n); };
+            line = constraint->forced(n_line);
+        }
+        if (!line && copying_ && n_line > 0) {
+            line =
+                copier_.propose(tokens_.data(), n_tokens(), n_line, top_ids_.data(), top_logp_.data(), n_depth, n_rank);
         }
         build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0,
-                   shape_, nullptr, pending(), line, {}, tree_);
+                   shape_, nullptr, pending(), line, allowed, tree_);
         out.build_ms = timer.lap_ms();
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.
@@ -216,7 +227,10 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
                               : nodes_.set(i, pending(), -1, 0);
         }
         PassOptions options;
-        const bool reads_logits = chooser_.reads_logits();
+        const bool reads_logits = chooser_.reads_logits() || constraint;
+        if (reads_logits) {
+            logits_.resize((size_t) target_->n_vocab);
+        }
         options.head = reads_logits ? PassHead::logits : PassHead::choice;
         options.commit = nodes_.n == 1;
         options.taps = taps();
@@ -233,7 +247,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
             [&](int32_t node) {
                 if (reads_logits) {
                     runner_.read(verified.logits, node, 1, logits_.data());
-                    return chooser_.choose(logits_.data(), n_ + tree_.depth[node] + 1);
+                    return chooser_.choose(logits_.data(), n_ + tree_.depth[node] + 1, constraint);
                 }
                 const int32_t token = choice_[(size_t) (2 * node)];
                 if (token < 0) {
@@ -421,7 +435,6 @@ void Session::copy(const Session & from) {
         shape_ = from.shape_;
         copying_ = from.copying_;
         stop_ids_ = from.stop_ids_;
-        logits_.resize(from.logits_.size());
         chooser_ = from.chooser_;
         copy_timeline(from.runner_.caches(), runner_.caches(), from.n_);
         tokens_ = from.tokens_;

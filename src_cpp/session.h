@@ -7,12 +7,14 @@
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "plan.h"
 #include "runner.h"
 #include "spec/accept.h"
 #include "spec/chooser.h"
+#include "spec/constraint.h"
 #include "spec/copier.h"
 #include "spec/tree.h"
 
@@ -34,6 +36,7 @@ class Session {
     void reset();
     void append(const int32_t * ids, uint64_t n);
     void configure(const pf_generate_params & params);
+    void constrain(const pf_constraint * given); // null: everything may be said
     void step(int32_t max_tokens, pf_step_result & out);
     void commit(int32_t n_keep);
     // See pf_session_logprobs.
@@ -79,6 +82,7 @@ class Session {
     Runner runner_;
     Chooser chooser_;
     Copier copier_;
+    std::optional<Constraint> constraint_;
 
     std::vector<int32_t> tokens_; // the timeline: the committed tokens, then the pending one if there is one
     int64_t n_ = 0;               // committed tokens
@@ -95,7 +99,7 @@ class Session {
     std::vector<int32_t> top_ids_; // [n_depth, n_rank], what was drafted
     std::vector<float> top_logp_;
     std::vector<int32_t> choice_; // [N, 2], greedy: the likeliest token at each node
-    std::vector<float> logits_;   // [n_vocab], where choosing reads them: of the node being visited
+    std::vector<float> logits_;   // [n_vocab], once choosing has read them: of the node being visited
 };
 
 } // namespace pf

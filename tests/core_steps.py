@@ -9,6 +9,7 @@ import numpy as np
 
 from pydflash import Session, options
 from pydflash._lib import check, ffi, lib
+from pydflash.constraint import Constraint
 
 DEFAULTS: dict[str, Any] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "stop_ids": []}
 
@@ -31,6 +32,7 @@ def say(
     budget: int = 16,
     chain: bool = False,
     keep: Callable[[int], int] = lambda n_tokens: n_tokens,
+    constraint: Constraint | None = None,
     **settings: Any,
 ) -> Said:
     """n tokens after a prompt, or as many as there are up to a stop token, keep(n_tokens) of each step committed.
@@ -41,13 +43,15 @@ def say(
     params, _arrays = options.generate_params(budget=budget, chain=chain, **{**DEFAULTS, **settings})
     check(lib.pf_session_reset(core))
     check(lib.pf_session_configure(core, params))
+    check(lib.pf_session_constrain(core, constraint.attach() if constraint else ffi.NULL))
     check(lib.pf_session_append(core, prompt, len(prompt)))
     step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
     said = Said([], 0, [], [], [])
     n_steps = 0
     stopped = False
     while len(said.ids) < n and not stopped:
-        check(lib.pf_session_step(core, min(n - len(said.ids), lib.PF_MAX_NODES), step))
+        status = lib.pf_session_step(core, min(n - len(said.ids), lib.PF_MAX_NODES), step)
+        constraint.check(status) if constraint else check(status)
         n_steps += 1
         n_kept = keep(step.n_tokens)
         stopped = bool(step.stopped) and n_kept == step.n_tokens
@@ -56,6 +60,8 @@ def say(
             for kept, all_of_them in zip(said[2:], logprobs(session, step.n_tokens, params.n_logprobs), strict=True):
                 kept.extend(all_of_them[:n_kept].tolist())
         check(lib.pf_session_commit(core, n_kept, ffi.NULL))
+        if constraint:
+            constraint.commit(list(step.tokens[0:n_kept]))
     return said._replace(n_steps=n_steps)
 
 

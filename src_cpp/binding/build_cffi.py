@@ -13,6 +13,13 @@ from pathlib import Path
 
 import cffi
 
+# Functions of a pf_constraint, defined in pydflash/constraint.py.
+PYTHON_FUNCTIONS = """
+extern "Python" int pf_python_mask(void * user, const int32_t * path, int32_t n, uint32_t * bits);
+extern "Python" int pf_python_allowed(void * user, const int32_t * path, int32_t n);
+extern "Python" int pf_python_forced(void * user, int32_t * out, int32_t most);
+"""
+
 
 def cdef_from_header(header: str) -> str:
     """The declarations of a C header, as cffi reads them."""
@@ -26,6 +33,7 @@ def cdef_from_header(header: str) -> str:
 def main(header: Path, output: Path) -> None:
     builder = cffi.FFI()
     builder.cdef(cdef_from_header(header.read_text()))
+    builder.cdef(PYTHON_FUNCTIONS)
     builder.set_source("_pydflash._core", f'#include "{header.name}"')
     builder.emit_c_code(str(output))
 

@@ -12,7 +12,6 @@ void Chooser::configure(const pf_generate_params & params) {
             "n_logprobs must be -1 (off) to 20, and no more than there are tokens");
     Sampler sampler(n_vocab_, params);
     Penalties penalties(n_vocab_, params);
-    row_.resize(penalties.any() ? static_cast<size_t>(n_vocab_) : 0);
     path_.reserve(PF_MAX_NODES);
     sampler_ = std::move(sampler);
     penalties_ = std::move(penalties);
@@ -28,8 +27,8 @@ void Chooser::begin() {
     reported_ = n_logprobs_ >= 0;
 }
 
-int32_t Chooser::choose(const float * logits, int64_t position) {
-    const int32_t token = sampler_->sample(shaped(logits), position);
+int32_t Chooser::choose(const float * logits, int64_t position, Constraint * constraint) {
+    const int32_t token = sampler_->sample(shaped(logits, constraint), position);
     if (n_logprobs_ >= 0) {
         report(logits, token);
     }
@@ -45,18 +44,23 @@ void Chooser::end() {
 }
 
 void Chooser::probs(const float * logits, double * out) {
-    sampler_->probs(shaped(logits), out);
+    sampler_->probs(shaped(logits, nullptr), out);
 }
 
-const float * Chooser::shaped(const float * logits) {
-    if (!penalties_->any()) {
+const float * Chooser::shaped(const float * logits, Constraint * constraint) {
+    if (!constraint && !penalties_->any()) {
         return logits;
     }
     max_logit(logits, n_vocab_); // what is wrong with the model's row is said of that
-    std::copy_n(logits, n_vocab_, row_.begin());
+    row_.assign(logits, logits + n_vocab_);
+    if (constraint) {
+        constraint->mask(path_.data(), static_cast<int32_t>(path_.size()), row_.data());
+    }
     penalties_->apply(row_.data(), counts);
     if (!usable_logits(row_.data(), n_vocab_)) {
-        throw Error(PF_ERR_ARGUMENT, "logit_bias forbids every token that the model would say");
+        throw Error(PF_ERR_ARGUMENT, constraint
+                                         ? "logit_bias, or the model, forbids every token that the constraint allows"
+                                         : "logit_bias forbids every token that the model would say");
     }
     return row_.data();
 }

@@ -1,11 +1,12 @@
-// The target's choice at each node that the walk through the tree visits, and what is reported of it. Bias and penalties,
-// then the sampler; they see the tokens of the timeline and those chosen on the way to the node.
+// The target's choice at each node that the walk through the tree visits, and what is reported of it. The constraint's
+// mask, bias and penalties, then the sampler; they see the tokens of the timeline and those chosen on the way to the node.
 #pragma once
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "constraint.h"
 #include "penalties.h"
 #include "pydflash.h"
 #include "sampler.h"
@@ -20,13 +21,13 @@ class Chooser {
     // Throws Error on settings out of range, before anything changes.
     void configure(const pf_generate_params & params);
 
-    // Whether choosing takes rows of logits. Else it is their argmax, which the device gives.
+    // Whether choosing takes rows of logits. Else, without a constraint, it is their argmax, which the device gives.
     bool reads_logits() const { return !sampler_->greedy() || penalties_->any() || n_logprobs_ >= 0; }
 
     // One step: begin, choose at each node from the root down, end, which forgets the way. choose throws on a row that
-    // is not usable (logits.h), or where nothing is left to choose from.
+    // is not usable (logits.h), or where nothing is left to choose from. constraint may be null.
     void begin();
-    int32_t choose(const float * logits, int64_t position);
+    int32_t choose(const float * logits, int64_t position, Constraint * constraint);
     void end();
     // The distribution that choose draws from.
     void probs(const float * logits, double * out);
@@ -38,13 +39,13 @@ class Chooser {
     TokenCounts counts;
 
   private:
-    const float * shaped(const float * logits);
+    const float * shaped(const float * logits, Constraint * constraint);
     void report(const float * logits, int32_t token);
 
     int32_t n_vocab_;
     std::optional<Sampler> sampler_; // both there once configured
     std::optional<Penalties> penalties_;
-    std::vector<float> row_;    // [n_vocab] where penalties are on
+    std::vector<float> row_;    // [n_vocab] once there was a mask or a penalty
     std::vector<int32_t> path_; // chosen in this step
 
     int32_t n_logprobs_ = -1;
