@@ -6,6 +6,7 @@ of the core.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -94,11 +95,18 @@ class Conversation:
         """For `restore`, as JSON takes it."""
         return {"raw": self.raw, "messages": self.messages, "turns": self.turns}
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """What `raw`, `messages` and `turns` were, as JSON gives them back."""
-        self.raw = list(saved["raw"])
-        self.messages = list(saved["messages"])
-        self.turns = [(int(n_tokens), int(n_messages)) for n_tokens, n_messages in saved["turns"]]
+    def restored(self, saved: Any, ids: Sequence[int]) -> Conversation:
+        """Another one with what `as_dict` gave, as it comes back from JSON; None: all of its tokens were given as such.
+        ArgumentError for what cannot be."""
+        if saved is None:
+            return Conversation(self.tokenizer, list(ids))
+        try:
+            raw = [operator.index(token_id) for token_id in saved["raw"]]
+            turns = [(operator.index(n_tokens), operator.index(n_messages)) for n_tokens, n_messages in saved["turns"]]
+            messages = checked_messages(saved["messages"]) if saved["messages"] else []
+        except (ArgumentError, KeyError, TypeError, ValueError) as error:
+            raise ArgumentError(f"this is no conversation ({type(error).__name__}: {error})") from None
+        return Conversation(self.tokenizer, raw, messages, turns)
 
     def copy(self) -> Conversation:
         """Another one of the same."""

@@ -419,9 +419,13 @@ class Session(OpenSession):
     def _restore(self, saved: SavedSession) -> None:
         from pydflash.store import restore_into
 
+        try:
+            conversation = self._conversation.restored(saved.conversation, saved.ids.tolist())
+        except ArgumentError as error:
+            raise saved.wrong(f"holds messages that cannot be: {error}", "section 'conversation'") from None
         restore_into(self._store_core(), saved)
         self._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
-        self._conversation.restore(saved.conversation)
+        self._conversation = conversation
 
     @property
     def messages(self) -> list[Message]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pydflash import Session, SessionFileError
+from tests.test_store import rewritten
 
 SAVING = Path(__file__).with_name("saving_child.py")
 SHARING = Path(__file__).with_name("sharing_child.py")
@@ -83,6 +84,32 @@ def test_a_file_cut_anywhere_is_refused(saved: Path, tmp_path: Path) -> None:
         cut.write_bytes((data + b"\0")[:size])
         with pytest.raises(SessionFileError, match=r"cut\.session"):
             Session.load(cut, n_threads=1)
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [3, [], {}, {"raw": 3}, {"raw": ["a"], "messages": [], "turns": []}, {"raw": [], "messages": [1], "turns": []},
+     {"raw": [], "messages": [{"role": 1}], "turns": []}, {"raw": [], "messages": [], "turns": [[1]]}],
+)  # fmt: skip
+def test_a_conversation_that_cannot_be_is_refused(saved: Path, tmp_path: Path, conversation: object) -> None:
+    path = tmp_path / "a.session"
+    shutil.copy(saved, path)
+    rewritten(path, conversation=json.dumps(conversation).encode())
+    with pytest.raises(SessionFileError, match=r"a\.session holds messages that cannot be"):
+        Session.load(path, n_threads=1)
+
+
+def test_a_document_of_the_cache_is_a_session_too(tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
+    options = {"kv_type": "f32", "n_threads": 1, "n_batch": 64, "checkpoint_every": 64}
+    ids = list(range(150))
+    with Session(tiny_target, tiny_draft, cache_dir=tmp_path, **options) as session:
+        expected = session.generate(ids, max_tokens=9, ignore_eos=True).ids
+    (entry,) = tmp_path.glob("*.session")
+    with Session.load(entry, n_ctx=200, n_threads=1) as session:
+        assert session.tokens == ids
+        assert session.generate(None, max_tokens=9, ignore_eos=True).ids == expected
+        session.rewind(64)
+        assert session.tokens == ids[:64]
 
 
 def test_two_programs_share_a_folder_of_documents(tiny_target: Path, tiny_draft: Path, tmp_path: Path) -> None:
