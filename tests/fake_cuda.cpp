@@ -77,6 +77,15 @@ void get_tensor(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_
     traffic.get_bytes += size;
 }
 
+bool copy_tensor(ggml_backend_buffer_t, const ggml_tensor * from, ggml_tensor * to) {
+    if (from->buffer->iface.get_base != get_base) {
+        return false;
+    }
+    const Unlocked unlocked;
+    memcpy(to->data, from->data, ggml_nbytes(from));
+    return true;
+}
+
 void clear(ggml_backend_buffer_t buffer, uint8_t value) {
     const Unlocked unlocked;
     memset(memory(buffer)->base, value, memory(buffer)->size);
@@ -107,6 +116,7 @@ ggml_backend_buffer_t alloc_buffer(ggml_backend_buffer_type_t type, size_t size)
     iface.memset_tensor = memset_tensor;
     iface.set_tensor = set_tensor;
     iface.get_tensor = get_tensor;
+    iface.cpy_tensor = copy_tensor;
     iface.clear = clear;
     return ggml_backend_buffer_init(type, iface, m, size);
 }

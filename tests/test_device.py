@@ -61,6 +61,47 @@ print(json.dumps(out))
 )
 
 
+# Prints what was said on the CPU and on the fake device behind everything that keeps or moves a timeline, and how many
+# bytes the device gave back while a session was forked and while it went back.
+TIMELINE = """
+import ctypes, json, sys
+import pydflash
+
+target, draft, fake, path = json.loads(sys.argv[1])
+counted = (ctypes.c_uint64 * 7)()
+
+def bytes_back():
+    ctypes.CDLL(fake).fake_cuda_traffic(counted)
+    return counted[3]
+
+def say(session):
+    return session.generate(None, max_tokens=12, ignore_eos=True).ids
+
+out = {}
+for device in ("cpu", "cuda"):
+    said = out[device] = []
+    options = {"device": device, "n_threads": 1}
+    with pydflash.Session(target, draft, kv_type="f32", n_batch=64, n_ring=256, **options) as session:
+        session.append([7 * i % 288 for i in range(300)])
+        place = session.checkpoint()
+        said.append(say(session))
+        before = bytes_back()
+        twin = session.fork()
+        forked = bytes_back() - before
+        session.rewind(place)
+        gone_back = bytes_back() - before - forked
+        said.append(say(session))
+        said.append(say(twin))
+        twin.save(path)
+        said.append(say(twin))
+        twin.close()
+    with pydflash.Session.load(path, **options) as session:
+        said.append(say(session))
+out["bytes"] = [forked, gone_back]
+print(json.dumps(out))
+"""
+
+
 def output_of(*command: str | Path) -> str:
     return subprocess.run([str(part) for part in command], check=True, capture_output=True, text=True).stdout
 
@@ -224,6 +265,20 @@ def test_device_info_is_about_this_machine() -> None:
         pydflash.device_info("cdua")
 
 
+def test_what_was_promised_to_a_session_is_not_free(tmp_path: Path) -> None:
+    """Cache rows that nobody has written yet take no memory, but they will."""
+    target = TinyTarget(n_ctx=1 << 22).write(tmp_path / "target.gguf")  # 2 GiB of f32 rows
+    free = [pydflash.device_info("cpu").n_free]
+    if free[0] < 6 << 30:
+        pytest.skip("needs 6 GiB of free memory")
+    with pydflash.Session(target, device="cpu", kv_type="f32", n_batch=64, n_threads=1) as session:
+        assert session.memory["KV cache"] > 2 << 30
+        free.append(pydflash.device_info("cpu").n_free)
+    free.append(pydflash.device_info("cpu").n_free)
+    assert free[0] - free[1] > 1.5 * 2**30
+    assert free[2] - free[1] > 1.5 * 2**30
+
+
 # -- a device with memory of its own ---------------------------------------------------------------------------------
 
 
@@ -246,6 +301,26 @@ def test_a_session_runs_on_memory_the_host_cannot_touch(open_session: Open, fake
         assert {name: round(n / 2**20, 3) for name, n in result["memory"].items()} == {
             name: result["plan"][name] for name in result["memory"]
         }
+
+
+def test_a_timeline_is_kept_and_moved_on_memory_the_host_cannot_touch(
+    package: Path, fake_cuda: Path, tiny_target: Path, tiny_draft: Path, tmp_path: Path
+) -> None:
+    paths = [tiny_target, tiny_draft, shutil.copy(fake_cuda, package), tmp_path / "session"]
+    done = subprocess.run(
+        [sys.executable, "-c", TIMELINE, json.dumps([str(path) for path in paths])],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), str(ROOT)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    out = json.loads(done.stdout)
+    first, again, further, saved, loaded = out["cuda"]
+    assert out["cpu"] == out["cuda"]
+    assert first == again
+    assert saved == loaded != further
+    assert out["bytes"] == [0, 0]  # copies stay on the device
 
 
 def test_an_op_that_the_device_lacks_is_a_sentence_at_opening(open_session: Open, fake_cuda: Path) -> None:

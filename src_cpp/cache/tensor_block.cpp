@@ -1,11 +1,10 @@
 #include "tensor_block.h"
 
-#include <sys/mman.h>
-
 #include <string>
 
 #include "error.h"
 #include "ggml-alloc.h"
+#include "host_memory.h"
 
 namespace pf {
 
@@ -18,9 +17,7 @@ TensorBlock::TensorBlock(size_t n_tensors)
 
 TensorBlock::~TensorBlock() {
     ggml_backend_buffer_free(buffer_);
-    if (pages_) {
-        munmap(pages_, n_bytes_);
-    }
+    unmap_pages(pages_);
     ggml_free(ctx_);
 }
 
@@ -36,13 +33,12 @@ ggml_tensor * TensorBlock::add(ggml_type type, int64_t ne0, int64_t ne1, int64_t
     return ggml_new_tensor_3d(ctx_, type, ne0, ne1, ne2);
 }
 
-// Fresh pages of the host are zero, and taken only when they are written: a long context costs nothing to open.
+// A long context costs nothing to open.
 bool TensorBlock::allocate_pages() {
-    void * pages = mmap(nullptr, n_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (pages == MAP_FAILED) {
+    pages_ = map_pages(n_bytes_);
+    if (!pages_) {
         return false;
     }
-    pages_ = pages;
     buffer_ = ggml_backend_cpu_buffer_from_ptr(pages_, n_bytes_);
     ggml_tallocr place = ggml_tallocr_new(buffer_);
     for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
