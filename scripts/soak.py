@@ -35,7 +35,7 @@ QUESTIONS = ("What does this do?", "Write a function that adds two numbers.", "W
 
 
 class Soak:
-    """One session, which is now and then another one: a fork of it, or itself opened from a file."""
+    """One session that lives as long as the soak, and others that come from it and are closed again."""
 
     def __init__(self, options: dict[str, Any], *, seed: int, folder: Path) -> None:
         self.options = options
@@ -53,7 +53,7 @@ class Soak:
         self.session.close()
 
     def fill(self) -> None:
-        """Every page of the caches written once, and every kind of turn taken: what comes later is no first time."""
+        """Every page of the caches written once, and every kind of turn taken."""
         ids = self.session.tokenize(TEXT)
         self.session.append((ids * 10)[: self.session.n_ctx - 64])
         self.session.generate(None, max_tokens=32)
@@ -119,18 +119,13 @@ class Soak:
             self.session.rewind(self.random.randint(0, n))
 
     def fork(self) -> None:
-        """The fork answers, and one of the two goes on."""
-        twin = self.session.fork()
-        self.n_tokens += len(twin.ask(self.random.choice(QUESTIONS), **self.settings()).ids)
-        if self.random.random() < 0.5:
-            twin, self.session = self.session, twin
-        twin.close()
+        with self.session.fork() as twin:
+            self.n_tokens += len(twin.ask(self.random.choice(QUESTIONS), **self.settings()).ids)
 
     def save_and_load(self) -> None:
-        if self.session.n_tokens > 0:
-            self.session.save(self.path)
-            self.session.close()
-            self.session = Session.load(self.path, n_threads=self.options["n_threads"])
+        self.session.save(self.path)
+        with Session.load(self.path, n_threads=self.options["n_threads"]) as twin:
+            self.n_tokens += len(twin.ask(self.random.choice(QUESTIONS), **self.settings()).ids)
 
 
 def grown(resident: list[float], n_warm: int) -> float:
