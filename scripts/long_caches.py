@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -142,8 +142,14 @@ def ring(bench: Bench) -> None:
             for depth, errors in ring_errors(bench, n_ring)
         ]
         cost = [
-            {"what": "tokens per pass", "n_ring": slots, "depth": length, **ring_cost(bench, slots, length, count)}
-            for slots, length, count in plan.rings
+            {
+                "what": "tokens per pass",
+                "n_ring": slots,
+                "from": lengths[0],
+                "depth": lengths[-1],
+                **ring_cost(bench, slots, lengths, count),
+            }
+            for slots, lengths, count in plan.rings
         ]
     first = table(
         ["n_ring", "position", "largest error", "of a reference that sees one position more", "that evicts nothing"],
@@ -154,18 +160,18 @@ def ring(bench: Bench) -> None:
         ],
     )  # fmt: skip
     second = table(
-        ["n_ring", "prompt", "prompts", "tokens per pass", "unlimited", "ratio"],
+        ["n_ring", "tokens of a prompt", "prompts", "documents", "tokens per pass", "unlimited", "ratio"],
         [
-            (r["n_ring"], f"{r['depth']:,}", r["prompts"], f"{r['per_pass']:.3f}", f"{r['unlimited']:.3f}",
-             plus_minus(r["ratio"], r["ratio_error"]))
+            (r["n_ring"], " to ".join(dict.fromkeys((f"{r['from']:,}", f"{r['depth']:,}"))), r["prompts"],
+             r["documents"], f"{r['per_pass']:.3f}", f"{r['unlimited']:.3f}", plus_minus(r["ratio"], r["ratio_error"]))
             for r in cost
         ],
     )  # fmt: skip
     note = (
         "The drafter's logits behind a prompt, against float64 numpy over exactly the last n_ring positions, in units "
         f"of the largest logit; F32 weights and caches. Tokens per pass: a tree of {BUDGET}, {plan.n_gen} tokens from "
-        "each held-out prompt, with a ring of n_ring and with one longer than the prompt; ± is one standard error of "
-        "the paired difference."
+        "each prompt, the beginning of a held-out document, with a ring of n_ring and with one longer than any "
+        "prompt; ± is one standard error of the paired difference of documents."
     )
     bench.write("ring", [*exact, *cost], f"{first}\n\n{second}\n\n{note}")
 
@@ -189,25 +195,31 @@ def ring_errors(bench: Bench, n_ring: int) -> Iterator[tuple[int, dict[str, floa
             yield n, {name: float(np.abs(found - e).max() / np.abs(e).max()) for name, e in expected.items()}
 
 
-def ring_cost(bench: Bench, n_ring: int, length: int, count: int) -> dict[str, Any]:
-    """Tokens per pass with the ring and with one that never evicts, over the same prompts."""
+def ring_cost(bench: Bench, n_ring: int, lengths: Sequence[int], count: int) -> dict[str, Any]:
+    """Tokens per pass with the ring and with one that never evicts, behind the first tokens of the same documents."""
     n_gen = bench.plan.n_gen
-    n_ctx = length + n_gen
-    per_pass: dict[int, list[float]] = {}
+    n_ctx = lengths[-1] + n_gen
+    per_pass: dict[int, list[list[float]]] = {}  # by document, by length
     texts: dict[int, list[list[int]]] = {}
     for slots in (n_ring, n_ctx):
         with bench.session("f32", n_ctx=n_ctx, n_ring=slots, n_batch=min(bench.a.n_batch, n_ring)) as session:
             per_pass[slots], texts[slots] = [], []
-            for prompt in counted(f"prompts of {length}, ring of {slots}", heldout(session, HELD_OUT, count, length)):
+            documents = heldout(session, HELD_OUT, count, lengths[-1])
+            for text in counted(f"documents of {lengths[-1]}, ring of {slots}", documents):
                 timeline = Timeline(session)
-                timeline.append(prompt)
-                decoded = timeline.decode(n_gen, budget=BUDGET)
-                per_pass[slots].append(decoded.per_pass)
-                texts[slots].append(decoded.ids)
-    short, long = np.array(per_pass[n_ring]), np.array(per_pass[n_ctx])
+                per_pass[slots].append([])
+                for length in lengths:
+                    timeline.append(text[timeline.n_tokens : length])
+                    here = timeline.mark()
+                    decoded = timeline.decode(n_gen, budget=BUDGET)
+                    timeline.back_to(here)
+                    per_pass[slots][-1].append(decoded.per_pass)
+                    texts[slots].append(decoded.ids)
+    short, long = np.array(per_pass[n_ring]).mean(1), np.array(per_pass[n_ctx]).mean(1)
     of_unlimited, spread = ratio(short, long)
     return {
-        "prompts": count,
+        "prompts": count * len(lengths),
+        "documents": count,
         "per_pass": round(float(short.mean()), 4),
         "unlimited": round(float(long.mean()), 4),
         "ratio": of_unlimited,

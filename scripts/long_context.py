@@ -62,7 +62,7 @@ class Plan:
     kv_depths: list[int]
     kv_prompts: int
     kv_prompt_length: int
-    rings: list[tuple[int, int, int]]  # n_ring, tokens of a prompt, prompts
+    rings: list[tuple[int, Sequence[int], int]]  # n_ring, tokens of the prompts of a document, documents
     ring_depths: list[int]  # exactness of the ring of the last n_ring
     n_gen: int
 
@@ -74,7 +74,7 @@ FULL = Plan(
     kv_depths=[1_000, 8_000],
     kv_prompts=60,
     kv_prompt_length=1_000,
-    rings=[(256, 1_000, 60), (512, 1_000, 200), (4096, 6_144, 40)],
+    rings=[(256, [1_000], 60), (512, [1_000], 200), (4096, range(4_352, 8_193, 256), 14)],
     ring_depths=[4_095, 4_096, 4_097, 8_192, 10_000],
     n_gen=64,
 )
@@ -85,7 +85,7 @@ QUICK = Plan(
     kv_depths=[600],
     kv_prompts=2,
     kv_prompt_length=300,
-    rings=[(256, 600, 4)],
+    rings=[(256, [450, 600], 2)],
     ring_depths=[255, 257, 700],
     n_gen=16,
 )
@@ -155,39 +155,49 @@ class Bench:
 
 
 def equal(bench: Bench) -> None:
+    """Tree against plain and the memory, depth by depth; interrupted, it writes what it has."""
+    rows: list[dict[str, Any]] = []
+    try:
+        for kv_type in bench.a.kv_types or ["f32", "f16", "q8_0", "q4_0"]:
+            with timed(f"equal, {kv_type}"):
+                rows.extend(equal_rows(bench, kv_type))
+    finally:
+        if rows:
+            bench.write("equal", rows, equal_markdown(rows))
+
+
+def equal_rows(bench: Bench, kv_type: str) -> Iterator[dict[str, Any]]:
     """One timeline through a long document; at each depth decodes plainly, goes back and decodes with a tree. Samples
     the anonymous memory all the while."""
-    plan, rows = bench.plan, []
-    for kv_type in bench.a.kv_types or ["f32", "f16", "q8_0", "q4_0"]:
-        f32 = kv_type == "f32"  # exact to the token only when weights and cache are
-        depths = bench.depths(plan.depths, plan.n_gen)
-        with bench.session(kv_type, f32=f32) as session, timed(f"equal, {kv_type}"):
-            opened = {"memory_opened_mib": round(anonymous_mib(), 1), "allocated_opened_mib": round(allocated_mib(), 1)}
-            text = document(session, max(depths))
-            timeline = Timeline(session)
-            progress = Progress(f"equal, {kv_type}", max(depths))
-            for depth in depths:
-                memory: list[float] = []  # MiB allocated, after each slice since the depth before
-                timeline.append(text[timeline.n_tokens : depth], sampled(progress, memory))
-                here = timeline.mark()
-                plain = timeline.decode(plan.n_gen, budget=0)
+    n_gen = bench.plan.n_gen
+    f32 = kv_type == "f32"  # exact to the token only when weights and cache are
+    depths = bench.depths(bench.plan.depths, n_gen)
+    with bench.session(kv_type, f32=f32) as session:
+        opened = {"memory_opened_mib": round(anonymous_mib(), 1), "allocated_opened_mib": round(allocated_mib(), 1)}
+        text = document(session, max(depths))
+        timeline = Timeline(session)
+        progress = Progress(f"equal, {kv_type}", max(depths))
+        for depth in depths:
+            memory: list[float] = []  # MiB allocated, after each slice since the depth before
+            timeline.append(text[timeline.n_tokens : depth], sampled(progress, memory))
+            here = timeline.mark()
+            plain = timeline.decode(n_gen, budget=0)
+            timeline.back_to(here)
+            tree = timeline.decode(n_gen, budget=BUDGET)
+            timeline.back_to(here)
+            memory.append(allocated_mib())
+            at = parted(plain.ids, tree.ids)
+            row: dict[str, Any] = {"kv_type": kv_type, "weights": "F32" if f32 else "as shipped", "depth": depth}
+            row |= {"tree_per_pass": round(tree.per_pass, 3), "tokens": n_gen, "same": n_gen if at is None else at}
+            row["margin"] = ""
+            if at is not None:
+                timeline.decode(at, budget=0)
+                row["margin"] = round(timeline.margin(plain.ids[at], tree.ids[at]), 5)
                 timeline.back_to(here)
-                tree = timeline.decode(plan.n_gen, budget=BUDGET)
-                timeline.back_to(here)
-                memory.append(allocated_mib())
-                at = parted(plain.ids, tree.ids)
-                row = {"kv_type": kv_type, "weights": "F32" if f32 else "as shipped", "depth": depth}
-                row |= {"tree_per_pass": round(tree.per_pass, 3), "tokens": plan.n_gen}
-                row |= {"same": plan.n_gen if at is None else at, "margin": ""}
-                if at is not None:
-                    timeline.decode(at, budget=0)
-                    row["margin"] = round(timeline.margin(plain.ids[at], tree.ids[at]), 5)
-                    timeline.back_to(here)
-                # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
-                row |= {**opened, "memory_mib": round(anonymous_mib(), 1), "allocated_mib": round(memory[-1], 1)}
-                row["growth_mib"] = round(max(memory) - memory[0], 1)
-                rows.append(row)
-    bench.write("equal", rows, equal_markdown(rows))
+            # Graphs are made as their shapes appear, up to a number of them: flat means, since the depth before.
+            row |= {**opened, "memory_mib": round(anonymous_mib(), 1), "allocated_mib": round(memory[-1], 1)}
+            row["growth_mib"] = round(max(memory) - memory[0], 1)
+            yield row
 
 
 def sampled(progress: Progress, memory: list[float]) -> Callable[[int, float], None]:
