@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from measuring import BUDGET, Timeline, counted, document, heldout, say, table, timed
+from measuring import BUDGET, DRAFTED, Timeline, counted, document, heldout, say, table, timed
 from train.common import HELD_OUT
 
 from tests.reference_drafter import ReferenceDrafter
@@ -82,7 +82,7 @@ def measure_kv(bench: Bench, kv_type: str) -> dict[str, npt.NDArray[Any]]:
         for prompt in counted(f"prompts, {kv_type}", prompts):
             timeline = Timeline(session)
             timeline.append(prompt)
-            per_pass.append(timeline.decode(plan.n_gen, budget=BUDGET).per_pass)
+            per_pass.append(timeline.decode(plan.n_gen, **DRAFTED).per_pass)
         out["per_pass"] = np.array(per_pass)
     return out
 
@@ -211,7 +211,7 @@ def ring_cost(bench: Bench, n_ring: int, lengths: Sequence[int], count: int) -> 
                 for length in lengths:
                     timeline.append(text[timeline.n_tokens : length])
                     here = timeline.mark()
-                    decoded = timeline.decode(n_gen, budget=BUDGET)
+                    decoded = timeline.decode(n_gen, **DRAFTED)
                     timeline.back_to(here)
                     per_pass[slots][-1].append(decoded.per_pass)
                     texts[slots].append(decoded.ids)

@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from long_caches import kv, measure_kv, ring
 from measuring import (
     BUDGET,
+    DRAFTED,
     Progress,
     Timeline,
     allocated_mib,
@@ -183,7 +184,7 @@ def equal_rows(bench: Bench, kv_type: str) -> Iterator[dict[str, Any]]:
             here = timeline.mark()
             plain = timeline.decode(n_gen, budget=0)
             timeline.back_to(here)
-            tree = timeline.decode(n_gen, budget=BUDGET)
+            tree = timeline.decode(n_gen, **DRAFTED)
             timeline.back_to(here)
             memory.append(allocated_mib())
             at = parted(plain.ids, tree.ids)
@@ -243,7 +244,7 @@ def speed(bench: Bench) -> None:
                 piece = text[timeline.n_tokens : depth]
                 seconds = timeline.append(piece, progress)
                 plain = timeline.decode(plan.speed_steps, budget=0)
-                tree = timeline.decode(plan.speed_steps, budget=BUDGET)
+                tree = timeline.decode(plan.speed_steps, **DRAFTED)
                 rows.append(
                     {
                         "kv_type": kv_type,

@@ -27,6 +27,7 @@ from pydflash._lib import check, ffi, lib
 ROOT = Path(__file__).resolve().parents[1]
 Item = TypeVar("Item")
 BUDGET = 16  # nodes of the trees that are measured, Session's own default
+DRAFTED: dict[str, Any] = {"budget": BUDGET, "copying": False}  # what the drafter alone is worth
 PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in order
 
 
@@ -114,11 +115,20 @@ class Timeline:
         found = dict(zip(ids, logp, strict=True))
         return abs(found.get(a, -math.inf) - found.get(b, -math.inf))
 
-    def decode(self, n_tokens: int, *, budget: int, chain: bool = False, n_steps: int | None = None,
-               logprobs: int | None = None) -> Decoded:  # fmt: skip
+    def decode(
+        self,
+        n_tokens: int,
+        *,
+        budget: int,
+        chain: bool = False,
+        copying: bool = True,
+        n_steps: int | None = None,
+        logprobs: int | None = None,
+    ) -> Decoded:
         """Greedy tokens, exactly so many unless n_steps end it earlier; end tokens do not end it."""
+        greedy: dict[str, Any] = {"temperature": 0, "top_k": 0, "top_p": 1, "min_p": 0, "seed": 0, "stop_ids": []}
         params, _keep = options.generate_params(
-            temperature=0, top_k=0, top_p=1, min_p=0, seed=0, budget=budget, chain=chain, stop_ids=[], logprobs=logprobs
+            **greedy, budget=budget, chain=chain, copying=copying, logprobs=logprobs
         )
         check(lib.pf_session_configure(self._core, params))
         step = ffi.new("pf_step_result *", {"size": ffi.sizeof("pf_step_result")})
