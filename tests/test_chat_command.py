@@ -109,7 +109,7 @@ def test_system_messages_and_documents(session: pydflash.Session, tmp_path: Path
     assert chat("What is an oak?\n", "--system", "Be brief.", "--file", tmp_path / "tree.txt").stdout == expected
     typed = chat(f"/system Be wordy.\n/file {tmp_path / 'tree.txt'}\n/system Be brief.\nWhat is an oak?\n")
     assert typed.stdout == expected
-    assert re.search(r"tree.txt: \d+ tokens; \d+ of 4,096 used", typed.stderr)
+    assert re.search(r"tree.txt: 1 document, \d+ tokens; \d+ of 4,096 used", typed.stderr)
     without = chat(f"/file {tmp_path / 'tree.txt'}\n/rewind\nWhat is an oak?\n").stdout
     session.reset()
     assert without == ask(session, "What is an oak?")

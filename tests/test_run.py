@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -256,16 +257,30 @@ def test_documents_and_messages(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["tool_calls"] == []
 
 
+def test_forms_of_the_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text(json.dumps({"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"],
+                                  "additionalProperties": False}))  # fmt: skip
+    lark = tmp_path / "sum.lark"
+    lark.write_text('start: NUMBER ("+" NUMBER)+\nNUMBER: /[0-9]{1,2}/\n')
+    shared = ("--n-ctx", 1024, "-n", 40, "--prompt", "def f(n):")
+    assert run_here(capsys, *shared, "--choice", "yes", "--choice", "no")["text"] in ("yes", "no")
+    assert re.fullmatch("[a-c]{5}-[0-9]", run_here(capsys, *shared, "--regex", "[a-c]{5}-[0-9]")["text"])
+    assert isinstance(json.loads(run_here(capsys, *shared, "--json-schema", schema)["text"])["n"], int)
+    assert re.match(r"[0-9]{1,2}\+[0-9]{1,2}", run_here(capsys, *shared, "--lark", lark)["text"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "sentence"),
     [
+        (("--regex", "("), 2, "error: "),
         (("--system", "Be brief."), 2, "go with --chat"),
         (("--think",), 2, "go with --chat"),
         (("--logprobs", 2), 2, "--logprobs goes with --json"),
         (("--logit-bias", "a=1"), 2, "invalid ID=B value"),
         (("--top-p", 2), 2, "top_p is 2.0"),
         (("--file", "nowhere.txt"), 1, "nowhere.txt does not exist"),
-        (("--json-schema", "nowhere.json"), 1, "cannot read the schema nowhere.json"),
+        (("--json-schema", "nowhere.json"), 1, "cannot read nowhere.json"),
         (("--json-schema", SCRIPT), 2, "is not JSON"),
         (("--regex", "a", "--choice", "b"), 2, "not allowed with"),
     ],

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydflash.errors import ArgumentError, HubError, ModelFileError
@@ -18,6 +19,7 @@ DEFAULTS: dict[str, Any] = {  # Session's own
     "kv_type": "auto",
     "budget": 16,
     "chain": False,
+    "copying": True,
     "device": "auto",
     "n_batch": 512,
     "n_ring": 4096,
@@ -101,6 +103,12 @@ def add_drafting(parser: argparse.ArgumentParser) -> None:
         "--budget", type=int, metavar="N", help=f"tree nodes besides the root, 0 to 63 (default: {BUDGET})"
     )
     group.add_argument("--chain", action="store_true", help="draft one line of tokens instead of a tree")
+    group.add_argument(
+        "--no-copying",
+        dest="copying",
+        action="store_false",
+        help="draft nothing from what stood in the text before",
+    )
     group.add_argument("--no-draft", action="store_true", help="decode plainly; the drafter is not opened")
 
 
@@ -166,6 +174,7 @@ def add_format(parser: argparse.ArgumentParser) -> None:
     """What the text must look like; `response_format` reads it."""
     group = parser.add_argument_group("form of the answer").add_mutually_exclusive_group()
     group.add_argument("--json-schema", metavar="FILE", help="JSON that this schema allows")
+    group.add_argument("--lark", metavar="FILE", help="text of this grammar, in llguidance's kind of Lark")
     group.add_argument("--regex", metavar="PATTERN", help="text that this pattern matches as a whole")
     group.add_argument("--choice", action="append", metavar="TEXT", help="one of these; give it once for each")
 
@@ -174,13 +183,11 @@ def response_format(options: argparse.Namespace) -> Mapping[str, Any] | None:
     """The form asked for, as `Session.generate` takes it."""
     if options.json_schema is not None:
         try:
-            with open(options.json_schema, encoding="utf-8") as file:
-                schema = json.load(file)
-        except OSError as error:
-            raise ModelFileError(f"cannot read the schema {options.json_schema}: {error.strerror}") from None
-        except ValueError as error:
+            return {"type": "json_schema", "json_schema": {"schema": json.loads(_read(options.json_schema))}}
+        except (ValueError, RecursionError) as error:
             raise ArgumentError(f"the schema {options.json_schema} is not JSON: {error}") from None
-        return {"type": "json_schema", "json_schema": {"schema": schema}}
+    if options.lark is not None:
+        return {"lark": _read(options.lark)}
     if options.regex is not None:
         return {"regex": options.regex}
     if options.choice is not None:
@@ -206,6 +213,15 @@ def find_models(target: str, draft: str | None) -> tuple[str, str | None]:
         names = target if draft is None else f"{target} --draft {draft}"
         raise HubError(f"{target} is not on this machine yet: run 'pydflash pull {names}'", reason="offline") from None
     return os.fspath(pair.target), None if pair.draft is None else os.fspath(pair.draft)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise ModelFileError(f"cannot read {path}: {error.strerror}", path=path) from None
+    except UnicodeDecodeError:
+        raise ModelFileError(f"{path} is not UTF-8", path=path) from None
 
 
 def open_session(

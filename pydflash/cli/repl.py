@@ -138,14 +138,20 @@ class Repl:
         """Reads a document, or a folder of them."""
         session = self._session
         n_before = session.n_tokens
-        with terminal.cancelling(session) as interrupted, terminal.reading(_needed(path, "/file PATH")) as progress:
-            session.append_document(path, progress=progress)
+        _needed(path, "/file PATH")
+        with terminal.cancelling(session) as interrupted, terminal.reading(f"reading {path}") as progress:
+            documents = session.append_document(path, progress=progress)
         if interrupted.pressed:
             if not self.lines.interactive:
                 raise KeyboardInterrupt
             _say("stopped; the document is not part of the conversation")
         else:
-            _say(f"{path}: {session.n_tokens - n_before:,} tokens; {session.n_tokens:,} of {session.n_ctx:,} used")
+            left_out = ", ".join(f"{n:,} {reason}" for reason, n in documents.skipped.items())
+            count = "1 document" if len(documents) == 1 else f"{len(documents):,} documents"
+            _say(
+                f"{path}: {count}{f' (left out: {left_out})' if left_out else ''}, {session.n_tokens - n_before:,} "
+                f"tokens; {session.n_tokens:,} of {session.n_ctx:,} used"
+            )
 
     def system(self, text: str) -> None:
         """Puts a system message first, in the place of the one there was."""

@@ -181,8 +181,10 @@ def figures(result: pydflash.Result, temperature: float) -> str:
     stats = result.stats
     milliseconds = " ".join(f"{name} {ms:.0f}" for name, ms in stats.ms.items())
     seed = f" | seed {result.seed}" if temperature else ""
+    held = f", {result.cached_tokens} of them held already" if result.cached_tokens else ""
     return (
-        f"{stats.n_prompt} + {stats.n_generated} tokens | {stats.n_steps} passes, {stats.mean_accepted:.2f} tokens each"
-        f" | prefill {stats.prefill_tps:.1f} tok/s, decode {stats.decode_tps:.1f} tok/s | ms: {milliseconds}"
+        f"{stats.n_prompt} + {stats.n_generated} tokens{held}"
+        f" | {stats.n_steps} passes, {stats.mean_accepted:.2f} tokens each | prefill {stats.prefill_tps:.1f} tok/s, "
+        f"decode {stats.decode_tps:.1f} tok/s | ms: {milliseconds}"
         f" | {result.finish_reason} | {stats.output_hash}{seed}"
     )
