@@ -541,6 +541,7 @@ class Session(OpenSession):
             frequency_penalty=sampling.frequency_penalty,
             logit_bias=sampling.logit_bias,
             logprobs=sampling.logprobs,
+            copying=self._options.copying,
         )
         ids = prompt.rendered.ids
         if not ids:
