@@ -364,3 +364,24 @@ def test_a_document_is_read_once(chat_target: Path, tiny_draft: Path, tmp_path: 
         assert (result.ids, result.cached_tokens) == (expected.ids, 0)
     with pytest.raises(pydflash.ArgumentError, match="cache_size is 'much'"):
         opened(chat_target, tiny_draft, cache_dir=tmp_path, cache_size="much")
+
+
+# ---- answers held to a format --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0, 16])
+def test_an_answer_held_to_a_choice(budget: int, session: Session) -> None:
+    colours = {"choice": ["red", "green", "dark blue"]}
+    result = session.chat([user("A colour?")], response_format=colours, max_tokens=40, budget=budget)
+    assert result.content in colours["choice"]
+    assert result.finish_reason == "stop"
+    free = session.chat([user("A colour?")], max_tokens=40, budget=budget)  # the next one is free again
+    assert free.content not in colours["choice"]
+
+
+def test_what_is_no_format_is_refused_before_any_work(session: Session) -> None:
+    session.append(WORDS)
+    before = session.tokens
+    with pytest.raises(pydflash.ArgumentError, match="response_format"):
+        session.generate(None, response_format={"regexp": "a+"})
+    assert session.tokens == before
