@@ -193,6 +193,25 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_session(tmp_path: Path) -> None:
     assert "Traceback" not in shell.shown
 
 
+def test_ctrl_c_while_a_document_is_read(tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("An oak is a tree. " * 8000)
+    with terminal(tmp_path, *SHORT, "--n-ctx", "65536") as shell:
+        shell.expect("> ")
+        shell.send(f"/file {tmp_path / 'long.txt'}\n")
+        shell.expect(r"\d of \d\d,\d\d\d tokens")
+        shell.send(CTRL_C)
+        shell.expect("stopped; the document is not part of the conversation")
+        shell.expect("> ")
+        shell.send("/stats\n")
+        shell.expect("0 messages")
+        shell.expect("> ")
+        shell.send("What is a tree?\n")
+        shell.expect(r"tree\?\r\n\S+")
+        shell.expect("> ")
+        shell.send(CTRL_D)
+        assert shell.wait() == 0
+
+
 def test_history_is_kept_for_the_user_alone(tmp_path: Path) -> None:
     with terminal(tmp_path, *SHORT) as shell:
         shell.expect("> ")

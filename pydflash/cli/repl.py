@@ -111,13 +111,12 @@ class Repl:
         result = None
         with terminal.cancelling(session) as interrupted:
             try:
-                with terminal.reading("reading") as progress:
+                with terminal.reading("reading", interrupted) as progress:
                     chunks = session.stream_ask(question, self._sampling, thinking=self._thinking, progress=progress)
                     chunk = next(chunks)
                 while True:
                     writer.push(chunk)
-                    if interrupted.pressed:  # it may have come before the run began
-                        session.cancel()
+                    interrupted.repeat()
                     if chunk.result is not None:
                         result = chunk.result
                         break
@@ -137,11 +136,15 @@ class Repl:
     def file(self, path: str) -> None:
         """Reads a document, or a folder of them."""
         session = self._session
-        n_before = session.n_tokens
+        n_tokens, n_messages = session.n_tokens, len(session.messages)
         _needed(path, "/file PATH")
-        with terminal.cancelling(session) as interrupted, terminal.reading(f"reading {path}") as progress:
-            documents = session.append_document(path, progress=progress)
-        if interrupted.pressed:
+        with terminal.cancelling(session) as interrupted, terminal.reading(f"reading {path}", interrupted) as progress:
+            try:
+                documents = session.append_document(path, progress=progress)
+            except PydflashError:
+                if not interrupted.pressed:  # Ctrl-C ends the program that reads a PDF, too
+                    raise
+        if len(session.messages) == n_messages:
             if not self.lines.interactive:
                 raise KeyboardInterrupt
             _say("stopped; the document is not part of the conversation")
@@ -149,7 +152,7 @@ class Repl:
             left_out = ", ".join(f"{n:,} {reason}" for reason, n in documents.skipped.items())
             count = "1 document" if len(documents) == 1 else f"{len(documents):,} documents"
             _say(
-                f"{path}: {count}{f' (left out: {left_out})' if left_out else ''}, {session.n_tokens - n_before:,} "
+                f"{path}: {count}{f' (left out: {left_out})' if left_out else ''}, {session.n_tokens - n_tokens:,} "
                 f"tokens; {session.n_tokens:,} of {session.n_ctx:,} used"
             )
 

@@ -117,7 +117,7 @@ def generate(
     """The run; Ctrl-C ends it at its next step."""
     writer = AnswerWriter(session.tokenizer, drafted=options.show_drafted)
     with terminal.cancelling(session) as interrupted:
-        with terminal.reading("reading") as progress:
+        with terminal.reading("reading", interrupted) as progress:
             if options.chat:
                 system = [] if options.system is None else [{"role": "system", "content": options.system}]
                 read = [{"role": "user", "content": text} for text in documents]
@@ -129,8 +129,7 @@ def generate(
         while True:
             if not options.json:
                 writer.push(chunk)
-            if interrupted.pressed:  # it may have come before the run began
-                session.cancel()
+            interrupted.repeat()
             if chunk.result is not None:
                 break
             chunk = next(chunks)

@@ -118,33 +118,44 @@ def _lines(label: str, unit: str) -> Generator[None, tuple[float, float], None]:
             print(line, file=sys.stderr, flush=True)
 
 
-@contextmanager
-def reading(label: str) -> Iterator[Callable[[Progress], None]]:
-    """Shows how far a prompt has been evaluated; for the `progress` of a session's calls."""
-    with progress(label, "tokens") as show:
-        yield lambda state: show(state.n_done, state.n_total)
+class Cancelling:
+    """Ctrl-C for a session's call: `pressed` says that it came."""
 
-
-class Interrupted:
-    """Whether Ctrl-C came."""
-
-    def __init__(self) -> None:
+    def __init__(self, session: pydflash.Session) -> None:
         self.pressed = False
+        self._session = session
+
+    def press(self, _signal: int, _frame: FrameType | None) -> None:
+        """The signal's handler; the second time it does not wait for the session."""
+        if self.pressed:
+            raise KeyboardInterrupt
+        self.pressed = True
+        self._session.cancel()
+
+    def repeat(self) -> None:
+        """To be called now and then: Ctrl-C may have come before the call had begun, which forgets it then."""
+        if self.pressed:
+            self._session.cancel()
 
 
 @contextmanager
-def cancelling(session: pydflash.Session) -> Iterator[Interrupted]:
-    """Within, Ctrl-C ends the session's run at its next step; pressed again it is a KeyboardInterrupt."""
-    state = Interrupted()
-
-    def interrupt(_signal: int, _frame: FrameType | None) -> None:
-        if state.pressed:
-            raise KeyboardInterrupt
-        state.pressed = True
-        session.cancel()
-
-    previous = signal.signal(signal.SIGINT, interrupt)
+def cancelling(session: pydflash.Session) -> Iterator[Cancelling]:
+    """Within, Ctrl-C ends the session's call at its next step; pressed again it is a KeyboardInterrupt."""
+    state = Cancelling(session)
+    previous = signal.signal(signal.SIGINT, state.press)
     try:
         yield state
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+@contextmanager
+def reading(label: str, interrupted: Cancelling) -> Iterator[Callable[[Progress], None]]:
+    """Shows how far a prompt has been evaluated; for the `progress` of a session's calls."""
+    with progress(label, "tokens") as show:
+
+        def told(state: Progress) -> None:
+            show(state.n_done, state.n_total)
+            interrupted.repeat()
+
+        yield told
