@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from tests.ggml_ops import Ggml
+from tests.ggml_ops import Ggml, Graph
 
 D, N_HEAD, N_HEAD_KV = 64, 4, 2
 TYPES = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0]
@@ -20,6 +20,17 @@ TYPES = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0]
 @pytest.fixture(scope="module")
 def ggml() -> Ggml:
     return Ggml()
+
+
+def cache(graph: Graph, values: np.ndarray, kind: Type) -> tuple[int, np.ndarray]:
+    """values [n_kv, head_kv, d] as a session keeps them, a row for every token: the tensor that attention is shown, and
+    what it holds, [head_kv, n_kv, d]."""
+    n_kv, n_head_kv, d = values.shape
+    rows = gguf.quants.quantize(values.reshape(n_kv, n_head_kv * d), kind)
+    tensor = graph.packed(kind, rows, n_kv, n_head_kv * d)
+    strides = (rows.nbytes, rows[0].nbytes // n_head_kv, rows[0].nbytes)
+    shown = graph.view(tensor, (1, n_head_kv, n_kv, d), strides, 0)
+    return shown, gguf.quants.dequantize(rows, kind).reshape(values.shape).swapaxes(0, 1)
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_open: np.ndarray) -> np.ndarray:
@@ -40,17 +51,11 @@ def test_many_queries_round_nothing_but_the_cache(ggml: Ggml, k_type: Type, v_ty
     is_open = rng.random((n, n_kv)) < 0.5
     is_open[:, 0] = True
     mask = np.where(is_open, 0, -np.inf).astype(np.float16)
-    held, caches = [], []
     with ggml.graph() as graph:
-        for kind in (k_type, v_type):
-            # As sessions keep it: a row holds every head of a token.
-            rows = gguf.quants.quantize(rng.standard_normal((n_kv, N_HEAD_KV * D), np.float32), kind)
-            cache = graph.packed(kind, rows, n_kv, N_HEAD_KV * D)
-            shape = (1, N_HEAD_KV, n_kv, D)
-            caches.append(graph.view(cache, shape, (rows.nbytes, rows[0].nbytes // N_HEAD_KV, rows[0].nbytes), 0))
-            held.append(gguf.quants.dequantize(rows, kind).reshape(n_kv, N_HEAD_KV, D).swapaxes(0, 1))
-        out = graph.op("ggml_flash_attn_ext", graph.tensor(q), *caches, graph.tensor(mask), D**-0.5, 0.0, 0.0)
+        values = rng.standard_normal((2, n_kv, N_HEAD_KV, D), np.float32)
+        (k, k_held), (v, v_held) = cache(graph, values[0], k_type), cache(graph, values[1], v_type)
+        out = graph.op("ggml_flash_attn_ext", graph.tensor(q), k, v, graph.tensor(mask), D**-0.5, 0.0, 0.0)
         graph.compute(out, n_threads=2)
         found = graph.read(out, n, N_HEAD, D)
-    expected = attention(q, held[0], held[1], is_open)
+    expected = attention(q, k_held, v_held, is_open)
     assert np.abs(found - expected).max() < 3e-6 * np.abs(expected).max()
