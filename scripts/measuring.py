@@ -41,6 +41,7 @@ class Decoded:
     ids: list[int] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     ms: dict[str, list[float]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    n_copied: int = 0  # tokens that stood on the timeline before, and were proposed because of that
 
     @property
     def n_steps(self) -> int:
@@ -140,6 +141,7 @@ class Timeline:
             check(lib.pf_session_commit(self._core, step.n_tokens, commit_ms))
             out.seconds.append(time.perf_counter() - start)
             out.ids += ffi.unpack(step.tokens, step.n_tokens)
+            out.n_copied += step.n_copied
             for part in PARTS[:-1]:
                 out.ms[part].append(getattr(step, f"{part}_ms"))
             out.ms["commit"].append(commit_ms[0])
