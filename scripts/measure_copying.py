@@ -194,9 +194,9 @@ def main() -> None:
     with pydflash.Session(kv_type="f32", n_ctx=2048, n_threads=a.n_threads) as session:
         for begin in counted("ordinary", spread(begins, a.prompts)):
             measure("ordinary: 120 prefixes", session.tokenize(begin))
-        for window in counted("windows", heldout(session, HELD_OUT, min(a.prompts, 60), 512)):
+        for window in counted("windows", heldout(session, HELD_OUT, min(a.prompts, 40), 512)):
             measure("ordinary: windows of 512 tokens", window)
-        for begin in counted("quoting itself", spread(begins, min(a.prompts, 60))):
+        for begin in counted("quoting itself", spread(begins, min(a.prompts, 40))):
             measure("quoting itself: again", own_text_again(session, begin, a.n_gen, False))
             measure("quoting itself: a name changed", own_text_again(session, begin, a.n_gen, True))
         for begin in counted("clauses", spread(clauses(), a.prompts)):
@@ -206,7 +206,7 @@ def main() -> None:
             for old in functions()
         ]
         cut = [(old, new) for old, new in cut if 2 * N_SEEN < len(new) <= 400]
-        for old, new in counted("dictated functions", spread(cut, min(a.prompts, 60))):
+        for old, new in counted("dictated functions", spread(cut, min(a.prompts, 40))):
             measure("dictated: a function renamed", old + new[:N_SEEN], new[N_SEEN : N_SEEN + a.n_gen])
         for clause in counted("dictated clauses", spread(clauses(), a.prompts)):
             old, new = session.tokenize(clause + "\n\n"), session.tokenize("> " + clause.replace("\n", "\n> "))

@@ -265,11 +265,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         out.n_nodes = tree_.n_nodes;
         out.max_depth = *std::max_element(tree_.depth, tree_.depth + tree_.n_nodes);
         out.stopped = accepted_.stopped ? 1 : 0;
-        out.n_copied = 0;
-        while (line && out.n_copied < std::min(line->n, accepted_.n_path - 1) &&
-               accepted_.tokens[out.n_copied] == line->token[out.n_copied]) {
-            ++out.n_copied;
-        }
+        out.n_copied = copier_.n_right(accepted_.tokens, accepted_.n_path - 1);
         uncommitted_ = true;
     });
 }

@@ -74,14 +74,16 @@ const Line * Copier::propose(const int32_t * tokens, int64_t n, int32_t n_most, 
     return &line_;
 }
 
+int32_t Copier::n_right(const int32_t * said, int32_t n) const {
+    const int32_t most = std::min(n, line_.n);
+    return static_cast<int32_t>(std::mismatch(said, said + most, line_.token).first - said);
+}
+
 void Copier::learn(const int32_t * said, int32_t n) {
-    for (int32_t i = 0; i < std::min(n, line_.n); ++i) {
-        Count & count = counts_[cell_[i]];
-        ++count.trials;
-        if (said[i] != line_.token[i]) {
-            break;
-        }
-        ++count.hits;
+    const int32_t right = n_right(said, n);
+    for (int32_t i = 0; i < std::min({right + 1, n, line_.n}); ++i) { // what follows a wrong token was never tried
+        counts_[cell_[i]].trials += 1;
+        counts_[cell_[i]].hits += i < right ? 1 : 0;
     }
     line_.n = 0;
 }

@@ -27,7 +27,9 @@ class Copier {
     // takes it); null when there is nothing to copy. It stays until the next call.
     const Line * propose(const int32_t * tokens, int64_t n, int32_t n_most, const int32_t * ids, const float * logp,
                          int32_t n_depth, int32_t n_rank);
-    // What was said behind those n tokens, the tokens of one step: how the last proposal fared.
+    // How many tokens of the last proposal, from its first on, were said.
+    int32_t n_right(const int32_t * said, int32_t n) const;
+    // What was said behind those n tokens, the tokens of one step: the last proposal is learned from, and gone.
     void learn(const int32_t * said, int32_t n);
 
   private:
