@@ -6,6 +6,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import struct
 import subprocess
 import sys
@@ -168,6 +169,19 @@ def test_refusals(arguments: tuple[object, ...], code: int, sentence: str, tiny_
     assert (done.returncode, done.stdout) == (code, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [("info",), ("run", "--prompt", "a", "-n", "4", "--target")])
+def test_output_that_nobody_takes(arguments: tuple[str, ...], tiny_target: Path) -> None:
+    command = shlex.join([sys.executable, "-m", "pydflash", *arguments, str(tiny_target)])
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True, preexec_fn=one_core)
+    assert (full.returncode, full.stderr) == (1, "error: cannot write the output: No space left on device\n")
+    left = subprocess.run(["bash", "-o", "pipefail", "-c", f"{command} | true"], capture_output=True, text=True)
+    assert left.returncode in (0, 1)  # the reader may leave before or behind the last line
+    closed = subprocess.run(f"{command} <&- >&-", shell=True, capture_output=True, text=True, preexec_fn=one_core)
+    assert closed.returncode == 0
+    for done in (full, left, closed):
+        assert "Traceback" not in done.stderr
 
 
 def test_convert_is_the_module_s_own(tmp_path: Path) -> None:

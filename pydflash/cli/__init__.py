@@ -43,6 +43,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command and returns its exit code."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed by whoever started us
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115  # for the life of the process
     options = parse_arguments(arguments)
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]  # a terminal may not know every character
     try:
@@ -54,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 2 if isinstance(error, ArgumentError) else 1
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read our output has left
+    except OSError as error:  # of our output: all other files have errors of their own
+        if not isinstance(error, BrokenPipeError):  # else whoever read it has left
+            report(PydflashError(f"cannot write the output: {error.strerror or error}"))
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
