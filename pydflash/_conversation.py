@@ -110,7 +110,10 @@ class Conversation:
 
     def copy(self) -> Conversation:
         """Another one of the same."""
-        return Conversation(self.tokenizer, list(self.raw), list(self.messages), list(self.turns))
+        twin = Conversation(self.tokenizer, list(self.raw), list(self.messages), list(self.turns))
+        if "template" in self.__dict__:  # which takes longer to make than a short question to answer
+            twin.__dict__["template"] = self.template
+        return twin
 
 
 def checked_messages(messages: Any) -> list[Message]:
