@@ -184,7 +184,8 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         throw Error(PF_ERR_CONTEXT,
                     "n_ctx " + std::to_string(n_ctx_) + " is used up; open the session with a larger one");
     }
-    reset_on_error([&] {
+    bool stands = false; // the root, committed on the way
+    try {
         Timer timer;
         const int32_t room = (int32_t) std::min<int64_t>({n_ctx_ - n_tokens(), max_tokens, PF_MAX_NODES});
 
@@ -235,6 +236,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         options.commit = nodes_.n == 1;
         options.taps = taps();
         const PassOutputs & verified = runner_.pass(nodes_, n_, options);
+        stands = options.commit;
         if (!reads_logits) {
             runner_.read(verified.choice, 0, tree_.n_nodes, choice_.data());
         }
@@ -267,7 +269,24 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         out.stopped = accepted_.stopped ? 1 : 0;
         out.n_copied = copier_.n_right(accepted_.tokens, accepted_.n_path - 1);
         uncommitted_ = true;
-    });
+    } catch (const Error & e) {
+        if (e.code != PF_ERR_ARGUMENT && e.code != PF_ERR_STATE) {
+            reset();
+            throw Error(e.code, std::string(e.what()) + "; the session was reset");
+        }
+        // What may be said leaves nothing to say: then nothing is, and all that stood still stands.
+        chooser_.end();
+        if (stands) {
+            if (drafter_) {
+                runner_.append_context(nullptr, 1, n_);
+            }
+            ++n_;
+        }
+        throw;
+    } catch (...) {
+        reset();
+        throw;
+    }
 }
 
 // 5. Commit the accepted path, or the part of it that the caller keeps.

@@ -310,7 +310,7 @@ def test_what_a_function_raises_is_the_steps_error(
         patch.setattr(Constraint, name, lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             constrained(tiny, {"json_schema": {"type": "string"}})
-    assert tiny.n_tokens == 0  # the step was in the middle
+    assert tiny.n_tokens == len(tiny.tokenize("What is it?\n"))  # what stood still stands
     assert capfd.readouterr().err == ""
     assert text_of(tiny, constrained(tiny, {"choice": ["yes", "no"]})) in ("yes", "no")
 

@@ -14,6 +14,7 @@ import pytest
 
 import pydflash
 from pydflash import Session
+from pydflash.constraint import Constraint
 from tests.tiny_models import TinyTarget, byte_tokenizer, write_gguf
 
 # The byte tokenizer has no ChatML tokens of its own; a template of plain text does as well.
@@ -385,3 +386,44 @@ def test_what_is_no_format_is_refused_before_any_work(session: Session) -> None:
     with pytest.raises(pydflash.ArgumentError, match="response_format"):
         session.generate(None, response_format={"regexp": "a+"})
     assert session.tokens == before
+
+
+@pytest.mark.parametrize("budget", [0, 16])
+@pytest.mark.parametrize("method", ["_mask", "_allowed", "_forced"])
+def test_a_format_that_fails_on_the_way_loses_nothing(
+    budget: int, method: str, session: Session, fresh: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever stood when it failed still stands, and the session goes on from there."""
+    honest = getattr(Constraint, method)
+    calls = []
+
+    def fails(self: Constraint, *arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("a grammar that fails")
+        return honest(self, *arguments)
+
+    monkeypatch.setattr(Constraint, method, fails)
+    session.append(WORDS)
+    before = session.tokens
+    try:
+        session.generate(None, response_format={"regex": "[a-z ]{200}"}, max_tokens=60, budget=budget)
+    except RuntimeError:
+        assert len(calls) == 3
+    else:
+        assert budget == 0  # no tree to ask about
+        assert method != "_mask"
+    assert session.tokens[: len(before)] == before
+    monkeypatch.undo()
+    held = session.tokens
+    assert session.generate(None, **GREEDY).ids == fresh.generate(held, **GREEDY).ids
+
+
+@pytest.mark.parametrize("budget", [0, 16])
+def test_a_bias_that_forbids_everything_loses_nothing(budget: int, session: Session, fresh: Session) -> None:
+    session.append(WORDS)
+    nothing = {i: float("-inf") for i in range(288)}
+    with pytest.raises(pydflash.ArgumentError, match="logit_bias forbids every token"):
+        session.generate(None, logit_bias=nothing, budget=budget)
+    assert session.tokens == session.tokenize(WORDS)
+    assert session.generate(None, **GREEDY).ids == fresh.generate(WORDS, **GREEDY).ids
