@@ -30,7 +30,7 @@ from measuring import resident_mib
 from pydflash import Checkpoint, Session
 from pydflash.plan import MIB
 
-TEXT = Path(__file__).read_text()
+LINES = Path(__file__).read_text().splitlines(keepends=True)  # whole ones: a tokenizer remembers every word it has seen
 QUESTIONS = ("What does this do?", "Write a function that adds two numbers.", "Why?", "And then?", "Explain `yield`.")
 
 
@@ -54,7 +54,7 @@ class Soak:
 
     def fill(self) -> None:
         """Every page of the caches written once, and every kind of turn taken."""
-        ids = self.session.tokenize(TEXT)
+        ids = self.session.tokenize("".join(LINES))
         self.session.append((ids * 10)[: self.session.n_ctx - 64])
         self.session.generate(None, max_tokens=32)
         for turn in self.turns():
@@ -85,8 +85,8 @@ class Soak:
         }  # fmt: skip
 
     def append(self) -> None:
-        start = self.random.randrange(len(TEXT) - 200)
-        text = TEXT[start : start + self.random.randint(1, 1500)]
+        start = self.random.randrange(len(LINES))
+        text = "".join(LINES[start : start + self.random.randint(1, 40)])
         self.session.append(text if self.random.random() < 0.5 else [{"role": "user", "content": text}])
 
     def ask(self) -> None:
