@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure what copying from the timeline gives: tokens per target pass with and without it, and what a search costs.
 
-    python scripts/measure_copying.py               # the shipped pair; about 4 minutes on 2 quiet cores
+    python scripts/measure_copying.py               # the shipped pair; a few minutes
     python scripts/measure_copying.py --prompts 10 --csv copying.csv
 
 Every prompt is continued twice from one prefill, greedily and by as many tokens, once with copying and once without;
