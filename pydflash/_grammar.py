@@ -10,20 +10,22 @@ import json
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import Any, TypeVar
 
 from pydflash._lib import ffi
-from pydflash.errors import ArgumentError, UnsupportedModelError, nearest
+from pydflash.errors import ArgumentError, OutOfMemoryError, UnsupportedModelError, nearest
 from pydflash.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
 TIME_LIMIT = 10.0  # seconds that compiling may take
-_MAX_TEXT = 4 << 20  # characters of a grammar
-_MAX_LARK = 128 << 10
-# llguidance recurs along references: up to 10 KiB of stack for each part of a schema on the way.
-_MAX_PARTS = 20_000
-_STACK = 512 << 20
+# What compiling takes grows with the square of these, in time and in memory, and nothing can stop it on the way.
+_MAX_TEXT = {"regex": 8 << 10, "lark": 32 << 10, "choice": 4 << 20, "json_schema": 4 << 20, "json_object": 4 << 20}
+_MAX_PATTERNS = _MAX_TEXT["regex"]  # characters of all patterns of a schema
+_MAX_DIGITS = 5  # of multipleOf
+_MAX_PARTS = 10_000
+_STACK = 512 << 20  # bytes; llguidance recurs along references, with 10 KiB for each part of a schema on the way
 _STACK_LOCK = threading.Lock()
 
 # One line, one space after commas and colons: fewer ways to say the same, so more of it is certain. A schema may change
@@ -80,15 +82,10 @@ def _source(kind: str, value: Any) -> str:
         if not isinstance(value, Mapping):
             raise ArgumentError(f"response_format: a JSON schema is an object, not {type(value).__name__}")
         try:
-            text = json.dumps(value)
+            text = json.dumps(value, allow_nan=False)
         except (TypeError, ValueError, RecursionError) as error:
             raise ArgumentError(f"response_format: the JSON schema is not JSON: {error}") from None
-        n_parts = text.count("{")
-        if n_parts > _MAX_PARTS and '"$ref"' in text:
-            raise ArgumentError(
-                f"response_format: a JSON schema with $ref may have {_MAX_PARTS} parts, not {n_parts}; "
-                "leave out what is not used"
-            )
+        _check_schema(value)
     elif kind == "choice":
         if not isinstance(value, Sequence) or isinstance(value, str) or not value:
             raise ArgumentError("response_format: choice must be a list of one or more texts")
@@ -100,10 +97,40 @@ def _source(kind: str, value: Any) -> str:
         text = value
     else:
         raise ArgumentError(f"response_format: {kind} must be text, not {type(value).__name__}")
-    limit = _MAX_LARK if kind == "lark" else _MAX_TEXT
-    if len(text) > limit:
-        raise ArgumentError(f"response_format: the {kind} has {len(text)} characters, {limit} at most can be used")
+    if len(text) > _MAX_TEXT[kind]:
+        raise ArgumentError(
+            f"response_format: the {kind} has {len(text)} characters, but {_MAX_TEXT[kind]} at most can be used"
+        )
     return text
+
+
+def _check_schema(schema: Mapping[str, Any]) -> None:
+    """Refuses what would take llguidance minutes."""
+    n_parts = n_pattern = 0
+    parts: list[Any] = [schema]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, (list, tuple)):
+            parts += part
+        elif isinstance(part, Mapping):
+            n_parts += 1
+            parts += part.values()
+            patterns = part.get("patternProperties")
+            pattern = part.get("pattern")
+            n_pattern += len(pattern) if isinstance(pattern, str) else 0
+            n_pattern += sum(len(str(key)) for key in patterns) if isinstance(patterns, Mapping) else 0
+            multiple = part.get("multipleOf")
+            if isinstance(multiple, (int, float)) and _n_digits(multiple) > _MAX_DIGITS:
+                raise ArgumentError(f"response_format: multipleOf {multiple} has more than {_MAX_DIGITS} digits")
+    for n, most, what in ((n_parts, _MAX_PARTS, "parts"), (n_pattern, _MAX_PATTERNS, "characters of patterns")):
+        if n > most:
+            raise ArgumentError(f"response_format: the JSON schema has {n} {what}, but {most} at most can be used")
+
+
+def _n_digits(number: float) -> int:
+    """Digits of the number with its decimal point left out: 3 for 100 and for 1.25."""
+    _, digits, exponent = Decimal(repr(+number)).normalize().as_tuple()
+    return len(digits) + max(int(exponent), 0)
 
 
 def _compile(kind: str, text: str, vocabulary: Any, n_vocab: int) -> Any:
@@ -160,6 +187,10 @@ def _with_limits(work: Callable[[], T]) -> T:
         before = threading.stack_size(_STACK)
         try:
             thread.start()
+        except RuntimeError:
+            raise OutOfMemoryError(
+                f"response_format: there is no room for a thread with a stack of {_STACK >> 20} MiB to compile it on"
+            ) from None
         finally:
             threading.stack_size(before)
     thread.join(TIME_LIMIT)
@@ -193,7 +224,7 @@ class _Spelling:
 
 
 def _vocabulary(tokenizer: Tokenizer) -> Any:
-    """The tokenizer as llguidance has it, built once: 0.04 s for 4,096 tokens, 3.4 s for 248,320."""
+    """The tokenizer as llguidance has it, built once."""
     from llguidance import LLTokenizer, TokenizerWrapper
 
     if tokenizer not in _VOCABULARIES:
