@@ -33,16 +33,22 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree, 32 nodes": {"budget": 32},
     "tree, 63 nodes": {"budget": 63},
 }
+DRAFTER_ALONE = ", the drafter alone"  # what runs again in a session that does not copy
+ALONE = ["chain", "tree, 16 nodes", "tree, 63 nodes"]
 KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
 
 
-def acceptance(session: pydflash.Session, prompts: list[list[int]], n_tokens: int) -> dict[str, Any]:
-    """Tokens per target pass and speed of every way, over all prompts."""
-    runs: dict[str, list[pydflash.Result]] = {way: [] for way in WAYS}
+def acceptance(
+    session: pydflash.Session, alone: pydflash.Session, prompts: list[list[int]], n_tokens: int
+) -> dict[str, Any]:
+    """Tokens per target pass and speed of every way, over all prompts; `alone` is a session without copying."""
+    ways = {way: (session, options) for way, options in WAYS.items()}
+    ways |= {way + DRAFTER_ALONE: (alone, WAYS[way]) for way in ALONE}
+    runs: dict[str, list[pydflash.Result]] = {way: [] for way in ways}
     for i, prompt in enumerate(prompts):
         print(f"\rprompt {i + 1} of {len(prompts)} ", end="", file=sys.stderr, flush=True)
-        for way, options in WAYS.items():
-            runs[way].append(session.generate(prompt, max_tokens=n_tokens, ignore_eos=True, **options))
+        for way, (runner, options) in ways.items():
+            runs[way].append(runner.generate(prompt, max_tokens=n_tokens, ignore_eos=True, **options))
     print(file=sys.stderr)
     looping = [loops(result.ids) for result in runs["plain"]]
     out: dict[str, Any] = {"n_prompts": len(prompts), "n_looping": sum(looping), "ways": {}}
@@ -87,9 +93,13 @@ def main() -> None:
 
     texts = [x["text"] for x in json.loads(PROMPTS.read_text())["prompts"][: a.prompts]]
     out: dict[str, Any] = {}
-    with pydflash.Session(a.target, a.draft, kv_type="f16", n_ctx=1024, n_threads=a.n_threads) as session:
+    options: dict[str, Any] = {"kv_type": "f16", "n_ctx": 1024, "n_threads": a.n_threads}
+    with (
+        pydflash.Session(a.target, a.draft, **options) as session,
+        pydflash.Session(a.target, a.draft, copying=False, **options) as alone,
+    ):
         prompts = [session.tokenize(text) for text in texts]
-        out["acceptance"] = acceptance(session, prompts, a.n_gen)
+        out["acceptance"] = acceptance(session, alone, prompts, a.n_gen)
     out["divergence"] = {}
     for kv_type in KV_TYPES:
         with pydflash.Session(a.target, a.draft, kv_type=kv_type, n_ctx=1024, n_threads=a.n_threads) as session:
