@@ -27,4 +27,4 @@ def test_a_short_one(soak: ModuleType, bound: str, status: int, capsys: pytest.C
     assert out.count("MiB of session buffers") == 10
     for kind in ("append", "ask", "leave", "cancel", "keep", "rewind", "fork", "save and load"):
         assert f" {kind}" in out.splitlines()[-2]
-    assert "memory grew by" in out
+    assert "memory in use grew by" in out
