@@ -78,6 +78,8 @@ def write(path: str | os.PathLike[str], meta: Mapping[str, Any], sections: Seque
     final = Path(os.path.realpath(path))  # a link stays, its file is replaced
     if final.is_dir():
         raise SessionFileError(f"cannot save to {final}: that is a folder", path=final, what="a folder")
+    if final.exists() and not final.is_file():
+        raise SessionFileError(f"cannot save to {final}: that is no ordinary file", path=final, what="no ordinary file")
     digests = ["0" * 64 for _ in sections]
     header_size = len(_header(meta, sections, digests))
     total = header_size + sum(_padded(section.size) for section in sections)

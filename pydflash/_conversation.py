@@ -6,8 +6,11 @@ of the core.
 
 from __future__ import annotations
 
+import hashlib
 import operator
+import struct
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -35,12 +38,13 @@ class Rendered:
 
 @dataclass
 class Conversation:
-    """raw: tokens before the first message. messages: OpenAI's. turns: (n_tokens, n_messages) where each call ended."""
+    """raw: tokens before the first message. messages: OpenAI's. turns: where calls ended: a digest of all tokens then,
+    and how many messages there were."""
 
     tokenizer: Tokenizer | None = field(repr=False)
     raw: list[int] = field(default_factory=list)
     messages: list[Message] = field(default_factory=list)
-    turns: list[tuple[int, int]] = field(default_factory=list)
+    turns: list[tuple[str, int]] = field(default_factory=list)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -77,17 +81,21 @@ class Conversation:
         """All of this was given as tokens."""
         self.raw, self.messages, self.turns = list(ids), [], []
 
-    def turn(self, n_tokens: int) -> None:
-        """A call has ended with so many tokens on the timeline."""
-        self.turns = [turn for turn in self.turns if turn[0] < n_tokens]
-        self.turns.append((n_tokens, len(self.messages)))
+    def say(self, messages: Sequence[Message], raw: Sequence[int], ids: Sequence[int]) -> None:
+        """A call has ended: these messages behind raw tokens, and these tokens on the timeline."""
+        self.messages, self.raw = list(messages), list(raw)
+        self.turns = [*self.turns[-999:], (_digest(ids), len(self.messages))]
+
+    def replace_messages(self, messages: Sequence[Message]) -> None:
+        """Others, of which the timeline knows nothing yet."""
+        self.messages, self.turns = list(messages), []
 
     def back_to(self, ids: Sequence[int]) -> None:
         """The timeline has been cut to these tokens: where a call ended, messages; elsewhere, bare tokens."""
-        for n_tokens, n_messages in self.turns:
-            if n_tokens == len(ids) and n_tokens >= len(self.raw):
-                self.messages = self.messages[:n_messages]
-                self.turns = [turn for turn in self.turns if turn[0] <= n_tokens]
+        digest = _digest(ids)
+        for i, (then, n_messages) in enumerate(self.turns):
+            if then == digest:
+                self.messages, self.turns = self.messages[:n_messages], self.turns[: i + 1]
                 return
         self.freeze(ids)
 
@@ -102,18 +110,26 @@ class Conversation:
             return Conversation(self.tokenizer, list(ids))
         try:
             raw = [operator.index(token_id) for token_id in saved["raw"]]
-            turns = [(operator.index(n_tokens), operator.index(n_messages)) for n_tokens, n_messages in saved["turns"]]
+            turns = [(str(digest), operator.index(n_messages)) for digest, n_messages in saved["turns"]]
             messages = checked_messages(saved["messages"]) if saved["messages"] else []
+            if raw != list(ids[: len(raw)]):
+                raise ValueError("its tokens are not those of the session")
+            if not all(0 <= n_messages <= len(messages) for _, n_messages in turns):
+                raise ValueError("a turn has more messages than there are")
         except (ArgumentError, KeyError, TypeError, ValueError) as error:
             raise ArgumentError(f"this is no conversation ({type(error).__name__}: {error})") from None
         return Conversation(self.tokenizer, raw, messages, turns)
 
     def copy(self) -> Conversation:
         """Another one of the same."""
-        twin = Conversation(self.tokenizer, list(self.raw), list(self.messages), list(self.turns))
+        twin = Conversation(self.tokenizer, list(self.raw), deepcopy(self.messages), list(self.turns))
         if "template" in self.__dict__:  # which takes longer to make than a short question to answer
             twin.__dict__["template"] = self.template
         return twin
+
+
+def _digest(ids: Sequence[int]) -> str:
+    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()[:32]
 
 
 def checked_messages(messages: Any) -> list[Message]:

@@ -18,6 +18,8 @@ class Models:
 
     def __init__(self, target: Path, draft: Path | None, device: str) -> None:
         self.target, self.draft, self.device = target, draft, device
+        self.identities = {"target": identity(target), "draft": None if draft is None else identity(draft)}
+        self.fingerprints: dict[str, str] = {}  # by role, once somebody has asked (`store`)
         owned: list[tuple[Any, Any]] = []
         # At exit a daemon thread may still be inside; the process frees it all.
         weakref.finalize(self, _free, owned).atexit = False
@@ -64,6 +66,15 @@ class Handles:
         """Frees what is open; freeing twice is fine."""
         _free(self._owned)
         self.models = None
+
+
+def identity(path: Path) -> tuple[int, int, int, int] | None:
+    """Which file a path leads to, and when it was changed last; None when there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _own(owned: list[tuple[Any, Any]], kind: str, free: Any, open_it: Any, path: Path) -> Any:

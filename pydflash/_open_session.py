@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
@@ -45,6 +45,8 @@ class OpenSession:
         self._lock = threading.Lock()
         self._epoch = 0  # counts the changes of the timeline, so that a stream knows when its own is gone
         self._cancelled = False
+        self._owner: int | None = None  # the thread that is inside
+        self._unsettled: Callable[[], None] | None = None  # of a run: makes the conversation what stands by now
         self._stats: Stats | None = None
         self._params = params
         self._core = Handles(models, params)
@@ -74,6 +76,7 @@ class OpenSession:
     def close(self) -> None:
         """Frees the caches, and the models once no fork uses them; every other call raises StateError from then on.
         Closing twice is fine."""
+        self._refuse_to_wait_for_itself()
         with self._lock:
             self._finalizer()
 
@@ -197,16 +200,36 @@ class OpenSession:
     @contextmanager
     def _open(self) -> Iterator[None]:
         """The lock, on a session that is open."""
+        self._refuse_to_wait_for_itself()
         with self._lock:
             if not self._finalizer.alive:
                 raise StateError("the session is closed")
+            self._owner = threading.get_ident()
             # After an interrupt between a step and its commit the step's first token stands; else this does nothing.
             lib.pf_session_commit(self._core.session, 1, ffi.NULL)
-            yield
+            try:
+                yield
+            finally:
+                self._owner = None
+
+    def _refuse_to_wait_for_itself(self) -> None:
+        if self._owner == threading.get_ident():
+            raise StateError(
+                "this call comes from inside another one of the same session, as from a progress function or a signal "
+                "handler, and would wait for it forever; only cancel() may be called there"
+            )
+
+    def _settle(self) -> None:
+        """The conversation becomes what stands by now, though a run may go on."""
+        if self._unsettled is not None:
+            self._unsettled()
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """The lock, for a call that changes the timeline."""
         with self._open():
+            self._settle()
+            self._unsettled = None
             self._epoch += 1
+            self._cancelled = False
             yield

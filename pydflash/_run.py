@@ -36,6 +36,7 @@ class Request:
     progress: Callable[[Progress], None] | None = None
     answer: AnswerStream | None = None  # of a chat: thinking and tool calls are told apart
     constraint: Constraint | None = None  # what the text is held to
+    settle: Callable[[], None] = field(default=lambda: None)  # makes the conversation what stands by now
     done: Callable[[Result], None] = field(default=lambda result: None)
 
 

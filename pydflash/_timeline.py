@@ -68,6 +68,7 @@ class Timeline:
     @property
     def snapshots(self) -> list[Snapshot]:
         """All of them, by n_committed."""
+        self._forget_behind(self.n_committed)  # an error may have reset the core
         return list(self._snapshots)
 
     def tokens(self) -> NDArray[np.int32]:
@@ -83,6 +84,10 @@ class Timeline:
         self._snapshots.clear()
         check(lib.pf_session_reset(self._session))
 
+    def forget_snapshots(self) -> None:
+        """Drops them all: the tokens are about to be others."""
+        self._snapshots.clear()
+
     def replace_snapshots(self, snapshots: Iterable[Snapshot]) -> None:
         """Takes over the snapshots of a timeline whose tokens the core session has been given."""
         self._snapshots = sorted(snapshots, key=lambda snapshot: snapshot.n_committed)
@@ -96,7 +101,10 @@ class Timeline:
         at = bisect_left(self._snapshots, n, key=lambda snapshot: snapshot.n_committed)
         if n == 0 or (at < len(self._snapshots) and self._snapshots[at].n_committed == n):
             return
-        state = np.empty(int(lib.pf_session_state_bytes(self._session)), np.uint8)
+        n_bytes = int(lib.pf_session_state_bytes(self._session))
+        if n_bytes > self._memory:
+            return
+        state = np.empty(n_bytes, np.uint8)
         check(lib.pf_session_get_state(self._session, ffi.from_buffer("char[]", state), len(state)))
         self._snapshots.insert(at, Snapshot(n, state))
         self._thin()

@@ -10,12 +10,14 @@ The cache saves time and nothing else: whatever is wrong with an entry or the di
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import logging
 import os
 import re
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from itertools import starmap
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydflash._timeline import Progress, Snapshot, Timeline
-from pydflash.errors import SessionFileError
+from pydflash.errors import ModelFileError, SessionFileError
 from pydflash.store import Core, SavedSession, restore_into, save_session, stored_bytes
 
 if TYPE_CHECKING:
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
     from pydflash.store import State
 
 _ENTRY = re.compile(r"([0-9a-f]{32})-([0-9]{1,10})-([0-9a-f]{32})\.session")
+_PATIENCE = 100  # tenths of a second to wait for another process's write; then this one is left out
 _log = logging.getLogger("pydflash")
 
 
@@ -45,14 +48,20 @@ class DocumentCache:
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self.folder / ".lock").touch(mode=0o600)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: a NUL byte
+            why = getattr(error, "strerror", None) or str(error)
             raise SessionFileError(
-                f"documents cannot be kept in {self.folder}: {error.strerror}",
-                path=self.folder,
-                what=str(error.strerror),
+                f"documents cannot be kept in {self.folder}: {why}", path=self.folder, what=why
             ) from error
 
-    def restore(self, core: Core, ids: NDArray[np.int32], *, more_than: int = 0) -> SavedSession | None:
+    def restore(
+        self,
+        core: Core,
+        ids: NDArray[np.int32],
+        *,
+        more_than: int = 0,
+        forget: Callable[[], None] = lambda: None,
+    ) -> SavedSession | None:
         """Makes the longest entry that `ids` begin with the session's timeline, if it has more than so many tokens.
 
         Returns the entry, for its snapshots; the caller closes it. None: a miss, and the session is as it was, unless
@@ -66,7 +75,7 @@ class DocumentCache:
                 saved = SavedSession(path)
                 if not np.array_equal(saved.ids, ids[:n]):
                     raise saved.wrong("holds other tokens than its name says", "section 'ids'")
-                restore_into(core, saved)
+                restore_into(core, saved, forget=forget)
             except BaseException as error:
                 if saved is not None:
                     saved.close()
@@ -100,7 +109,7 @@ class DocumentCache:
         edges = [end for end in ends if end < n]
         kept = held.reusable(ids)
         if n - kept >= held.every:
-            entry = self.restore(core, ids, more_than=kept)
+            entry = self.restore(core, ids, more_than=kept, forget=held.forget_snapshots)
             if entry is not None:
                 with entry:
                     held.replace_snapshots(starmap(Snapshot, entry.read_snapshots()))
@@ -118,7 +127,12 @@ class DocumentCache:
     def put(self, core: Core, *, snapshots: Sequence[tuple[int, State]]) -> bool:
         """Keeps what the session holds, and evicts what has no room beside it; whether it is there now."""
         ids = core.ids()
-        path = self.folder / f"{_key(core)}-{len(ids)}-{_hashes(ids, [len(ids)])[0]}.session"
+        try:
+            key = _key(core)
+        except (SessionFileError, ModelFileError) as error:
+            _log.warning("document cache: %s", error)
+            return False
+        path = self.folder / f"{key}-{len(ids)}-{_hashes(ids, [len(ids)])[0]}.session"
         expected = stored_bytes(core, snapshots)
         if expected > self.max_bytes:
             _log.info("document cache: %d tokens take %d bytes, more than all of %s", len(ids), expected, self.folder)
@@ -138,11 +152,11 @@ class DocumentCache:
 
     def _candidates(self, core: Core, ids: NDArray[np.int32], more_than: int) -> list[tuple[int, Path]]:
         """Length and path of the entries that `ids` begin with, longest first."""
-        key = _key(core)
         found: dict[int, dict[str, str]] = {}  # by length: hash and name
         try:
+            key = _key(core)
             names = os.listdir(self.folder)
-        except OSError as error:
+        except (OSError, SessionFileError, ModelFileError) as error:
             _log.warning("document cache: %s", error)
             return []
         for name in names:
@@ -171,7 +185,13 @@ class DocumentCache:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         with (self.folder / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when it is closed, and when the process dies
+            for _ in range(_PATIENCE):
+                with suppress(BlockingIOError):
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go when it is closed, or the process dies
+                    break
+                time.sleep(0.1)
+            else:
+                raise OSError(errno.EBUSY, f"another process has been writing to {self.folder} for long")
             yield
 
 

@@ -32,7 +32,7 @@ def number(name: str, value: SupportsFloat, low: float, high: float) -> float:
     """A number within [low, high]."""
     try:
         result = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         result = float("nan")
     if not low <= result <= high:
         raise ArgumentError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
@@ -159,7 +159,7 @@ def biases(value: Mapping[int, float] | None) -> dict[int, float]:
     checked = {}
     for token, bias in value.items():
         token = integer("a token id in logit_bias", token, 0, 2**31 - 1)
-        forbidden = isinstance(bias, SupportsFloat) and float(bias) == -math.inf
+        forbidden = isinstance(bias, float) and bias == -math.inf
         checked[token] = -math.inf if forbidden else number(f"logit_bias[{token}]", bias, -1000, 1000)
     return checked
 

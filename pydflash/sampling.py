@@ -62,6 +62,7 @@ class Sampling:
             options.integer("seed", self.seed, 0, 2**64 - 1)
         if self.max_tokens is not None:
             options.integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
+        options.stops(self.stop, 2**31 - 1)
         if self.logprobs is not None:
             options.integer("logprobs", self.logprobs, 0, lib.PF_MAX_LOGPROBS)
 
@@ -122,6 +123,9 @@ def run_options(method: str, sampling: Sampling | None, settings: Mapping[str, A
             raise UnknownOptionError(f"Session.{method} has no option {name!r}{advice}")
     if sampling is not None and not isinstance(sampling, Sampling):
         raise ArgumentError(f"sampling is {sampling!r}; give a pydflash.Sampling, or single settings by name")
+    progress = settings.get("progress")
+    if progress is not None and not callable(progress):
+        raise ArgumentError(f"progress is {progress!r}; it must be a function that takes a Progress")
     changes = {name: value for name, value in settings.items() if name in of_sampling}
     base = replace(sampling, **changes) if sampling is not None else Sampling(**changes)
     return RunOptions(base.seeded(), **{name: value for name, value in settings.items() if name in others})

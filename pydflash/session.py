@@ -7,7 +7,7 @@ what that means `_conversation`'s; one run is in `_run`, its settings in `sampli
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import starmap
 from typing import TYPE_CHECKING, Any, cast
 
@@ -174,7 +174,7 @@ class Session(OpenSession):
         Raises ArgumentError, ContextFullError (the prompt does not fit), UnsupportedModelError (text for a model
         without a tokenizer). KeyboardInterrupt ends the run at the next step.
         """
-        return self._whole(self._given_prompt(prompt), run_options("generate", sampling, settings))
+        return self._whole(lambda: self._given_prompt(prompt), run_options("generate", sampling, settings))
 
     def stream(
         self, prompt: str | Ids | None, sampling: Sampling | None = None, **settings: Unpack[Settings]
@@ -183,7 +183,7 @@ class Session(OpenSession):
 
         The prompt is checked at once and evaluated when the first chunk is asked for. A stream may be left at any time.
         """
-        return self._stream(self._given_prompt(prompt), run_options("stream", sampling, settings))
+        return self._stream(lambda: self._given_prompt(prompt), run_options("stream", sampling, settings))
 
     def chat(
         self,
@@ -206,8 +206,8 @@ class Session(OpenSession):
         The answer's parts are the result's content, reasoning and tool_calls. Afterwards `session.messages` are these
         messages and the answer. Raises what `generate` does, and UnsupportedModelError for a model without a template.
         """
-        chat = self._chat(messages, tools, thinking, template_variables)
-        return self._whole(chat, run_options("chat", sampling, settings))
+        wanted = run_options("chat", sampling, settings)
+        return self._whole(lambda: self._chat(messages, tools, thinking, template_variables), wanted)
 
     def stream_chat(
         self,
@@ -220,8 +220,8 @@ class Session(OpenSession):
         **settings: Unpack[Settings],
     ) -> Iterator[Chunk]:
         """As `chat`, one chunk a step; the last chunk carries the result."""
-        chat = self._chat(messages, tools, thinking, template_variables)
-        return self._stream(chat, run_options("stream_chat", sampling, settings))
+        wanted = run_options("stream_chat", sampling, settings)
+        return self._stream(lambda: self._chat(messages, tools, thinking, template_variables), wanted)
 
     def ask(
         self,
@@ -234,8 +234,8 @@ class Session(OpenSession):
         **settings: Unpack[Settings],
     ) -> Result:
         """Answers a user's next message, behind everything the session holds; otherwise as `chat`."""
-        chat = self._question(question, tools, thinking, template_variables)
-        return self._whole(chat, run_options("ask", sampling, settings))
+        wanted = run_options("ask", sampling, settings)
+        return self._whole(lambda: self._question(question, tools, thinking, template_variables), wanted)
 
     def stream_ask(
         self,
@@ -248,8 +248,8 @@ class Session(OpenSession):
         **settings: Unpack[Settings],
     ) -> Iterator[Chunk]:
         """As `ask`, one chunk a step; the last chunk carries the result."""
-        chat = self._question(question, tools, thinking, template_variables)
-        return self._stream(chat, run_options("stream_ask", sampling, settings))
+        wanted = run_options("stream_ask", sampling, settings)
+        return self._stream(lambda: self._question(question, tools, thinking, template_variables), wanted)
 
     def cancel(self) -> None:
         """Ends the call going on, in whatever thread, at its next step or batch of the prompt: a run's finish_reason is
@@ -267,16 +267,7 @@ class Session(OpenSession):
         """
         if isinstance(content, Sequence) and content and isinstance(content[0], Mapping):
             return self._append_messages(checked_messages(content), progress)
-        with self._changing():
-            held = self._held.tokens().tolist()
-            if isinstance(content, str):
-                new = self._need_tokenizer().encode(content, add_special=not held)
-            else:
-                new = options.token_ids("content", cast("Ids", content), self.n_vocab)
-            if new:
-                self._extend([*held, *new], (), progress)
-            self._conversation.freeze(self._held.tokens().tolist())
-            return self._held.n_tokens
+        return self._append_text(cast("str | Ids", content), progress)
 
     def append_document(self, path: PathLike, *, progress: Callable[[Progress], None] | None = None) -> Documents:
         """Puts a document, or a folder of them, behind what the session holds; gives what was read (see
@@ -292,7 +283,7 @@ class Session(OpenSession):
         texts = [document.as_prompt() for document in documents]
         try:
             if tokenizer.chat_template is None:
-                self.append("".join(texts), progress=progress)
+                self._append_text("".join(texts), progress, parse_special=False)
             else:
                 self._append_messages([{"role": "user", "content": text} for text in texts], progress)
         except ContextFullError as error:
@@ -302,6 +293,7 @@ class Session(OpenSession):
     def checkpoint(self) -> Checkpoint:
         """This place, to `rewind` to later."""
         with self._open():
+            self._settle()
             self._held.snapshot()
             ids = self._held.tokens()
             return Checkpoint(len(ids), ids, self._conversation.copy())
@@ -341,6 +333,7 @@ class Session(OpenSession):
         OutOfMemoryError, with the plan, when a second one does not fit; this one is as it was.
         """
         with self._open():
+            self._settle()
             models = self._core.models
             assert models is not None
             twin = Session.__new__(Session)
@@ -369,6 +362,7 @@ class Session(OpenSession):
         from pydflash.store import save_session
 
         with self._open():
+            self._settle()
             return save_session(
                 path,
                 self._store_core(),
@@ -423,31 +417,33 @@ class Session(OpenSession):
             conversation = self._conversation.restored(saved.conversation, saved.ids.tolist())
         except ArgumentError as error:
             raise saved.wrong(f"holds messages that cannot be: {error}", "section 'conversation'") from None
-        restore_into(self._store_core(), saved)
+        restore_into(self._store_core(), saved, forget=self._held.forget_snapshots)
         self._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
         self._conversation = conversation
 
     @property
     def messages(self) -> list[Message]:
         """The conversation so far, as `chat` and `ask` left it. Assign to it to change what the next `ask` follows."""
-        return self._conversation.messages
+        with self._open():
+            self._settle()
+            return self._conversation.messages
 
     @messages.setter
     def messages(self, messages: Messages) -> None:
         with self._open():
-            self._conversation.messages = checked_messages(messages) if messages else []
+            self._settle()
+            self._conversation.replace_messages(checked_messages(messages) if messages else [])
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
+    # What makes a prompt runs under the lock, since it may look at what the session holds.
+
     def _given_prompt(self, prompt: str | Ids | None) -> _Prompt:
         if prompt is None:
-            with self._open():
-                ids = self._held.tokens().tolist()
-        else:
-            ids = (
-                self.tokenize(prompt) if isinstance(prompt, str) else options.token_ids("prompt", prompt, self.n_vocab)
-            )
-        return _Prompt(Rendered(ids, []))
+            return _Prompt(Rendered(self._held.tokens().tolist(), []), follows=True)
+        if isinstance(prompt, str):
+            return _Prompt(Rendered(self.tokenize(prompt), []))
+        return _Prompt(Rendered(options.token_ids("prompt", prompt, self.n_vocab), []))
 
     def _chat(
         self,
@@ -458,10 +454,12 @@ class Session(OpenSession):
         raw: Sequence[int] = (),
     ) -> _Prompt:
         given = checked_messages(messages)
+        if variables is not None and not isinstance(variables, Mapping):
+            raise ArgumentError(f"template_variables is {variables!r}; it must map names to values")
         rendered = self._conversation.render(
             given, raw=raw, answer=True, tools=tools, thinking=thinking, variables=variables
         )
-        return _Prompt(rendered, raw, given, tools or ())
+        return _Prompt(rendered, raw=raw, messages=given, tools=tools or ())
 
     def _question(
         self,
@@ -474,24 +472,34 @@ class Session(OpenSession):
             raise ArgumentError(f"question must be text, not {type(question).__name__}; chat() takes messages")
         held = self._conversation
         messages = [*held.messages, {"role": "user", "content": question}]
-        return self._chat(messages, tools, thinking, variables, held.raw)
+        return replace(self._chat(messages, tools, thinking, variables, held.raw), follows=True)
 
     def _append_messages(self, messages: list[Message], progress: Callable[[Progress], None] | None) -> int:
         with self._changing():
             conversation = self._conversation
             everything = [*conversation.messages, *messages]
             rendered = conversation.render(everything, raw=conversation.raw, answer=False)
-            if self._extend(rendered.ids, rendered.ends, progress):
-                conversation.messages = everything
-                conversation.turn(self._held.n_tokens)
+            self._check_room(len(rendered.ids), 0)
+            self._prefill(rendered.ids, rendered.ends, progress)
+            if not self._cancelled:
+                conversation.say(everything, conversation.raw, self._held.tokens().tolist())
             return self._held.n_tokens
 
-    def _extend(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> bool:
-        """Makes the ids the timeline; False when that was cancelled."""
-        self._check_room(len(ids), 0)
-        self._cancelled = False
-        self._prefill(ids, ends, progress)
-        return not self._cancelled
+    def _append_text(
+        self, content: str | Ids, progress: Callable[[Progress], None] | None, *, parse_special: bool = True
+    ) -> int:
+        with self._changing():
+            held = self._held.tokens().tolist()
+            if isinstance(content, str):
+                new = self._need_tokenizer().encode(content, add_special=not held, parse_special=parse_special)
+            else:
+                new = options.token_ids("content", content, self.n_vocab)
+            if new:
+                self._check_room(len(held) + len(new), 0)
+                self._unsettled = lambda: self._conversation.freeze(self._held.tokens().tolist())
+                self._prefill([*held, *new], (), progress)
+                self._settle()
+            return self._held.n_tokens
 
     def _prefill(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> int:
         """Makes the ids the timeline; gives how many of them were not evaluated."""
@@ -554,14 +562,18 @@ class Session(OpenSession):
 
             answer = AnswerStream(thinking_open=prompt.rendered.thinking_open, tools=prompt.tools)
 
+        def settle() -> None:
+            """What stands now is what was asked and what has been said so far."""
+            held = self._held.tokens().tolist()
+            if prompt.messages is None or answer is None:
+                self._conversation.freeze(held)
+            else:
+                said = [answer.message()] if answer.content or answer.reasoning or answer.tool_calls else []
+                self._conversation.say([*prompt.messages, *said], prompt.raw, held)
+
         def done(result: Result) -> None:
             self._stats = result.stats
-            if prompt.messages is None or answer is None:
-                self._conversation.freeze(self._held.tokens().tolist())
-            else:
-                self._conversation.raw = list(prompt.raw)
-                self._conversation.messages = [*prompt.messages, answer.message()]
-                self._conversation.turn(self._held.n_tokens)
+            self._settle()
 
         return Request(
             ids=ids,
@@ -575,12 +587,13 @@ class Session(OpenSession):
             progress=wanted.progress,
             answer=answer,
             constraint=constraint,
+            settle=settle,
             done=done,
         )
 
     def _run(self, request: Request) -> Generator[Chunk, None, None]:
-        self._cancelled = False
-        return run(
+        self._unsettled = request.settle
+        yield from run(
             self._core.session,
             self._held,
             self.tokenizer,
@@ -589,22 +602,28 @@ class Session(OpenSession):
             lambda wanted: self._prefill(wanted.ids, wanted.ends, wanted.progress),
         )
 
-    def _whole(self, prompt: _Prompt, wanted: RunOptions) -> Result:
-        request = self._request(prompt, wanted)
+    def _whole(self, prompt: Callable[[], _Prompt], wanted: RunOptions) -> Result:
         with self._changing():
-            for chunk in self._run(request):
+            for chunk in self._run(self._request(prompt(), wanted)):
                 if chunk.result is not None:
                     return chunk.result
         raise AssertionError("a run ends with a result")
 
-    def _stream(self, prompt: _Prompt, wanted: RunOptions) -> Iterator[Chunk]:
-        return self._chunks(self._request(prompt, wanted))
+    def _stream(self, prompt: Callable[[], _Prompt], wanted: RunOptions) -> Iterator[Chunk]:
+        with self._open():
+            self._settle()
+            made = prompt()
+            request = self._request(made, wanted)
+            return self._chunks(request, self._epoch if made.follows else None)
 
-    def _chunks(self, request: Request) -> Iterator[Chunk]:
+    def _chunks(self, request: Request, follows: int | None) -> Iterator[Chunk]:
+        """follows: the epoch that the prompt belongs to, when it is made of what the session held."""
         chunks = self._run(request)
         epoch = None
         while True:
             with self._open() if epoch is not None else self._changing():
+                if epoch is None and follows is not None:
+                    epoch = follows + 1  # this call's own, if none came between
                 if epoch not in (None, self._epoch):
                     raise StateError("this stream has ended: another call has changed the session's timeline")
                 epoch = self._epoch
@@ -637,9 +656,14 @@ class _Options:
 
 @dataclass(frozen=True)
 class _Prompt:
-    """What a run is to continue. messages: of a chat, behind raw tokens; None where tokens are all there is."""
+    """What a run is to continue.
+
+    follows: it begins with what the session held when it was made. messages: of a chat, behind raw tokens; None where
+    tokens are all there is.
+    """
 
     rendered: Rendered
+    follows: bool = False
     raw: Sequence[int] = ()
     messages: list[Message] | None = None
     tools: Sequence[Mapping[str, Any]] = ()

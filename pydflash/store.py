@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from types import TracebackType
@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydflash import _container
 from pydflash._fingerprint import fingerprint
-from pydflash._handles import Models
+from pydflash._handles import Models, identity
 from pydflash._lib import c_path, check, ffi, lib
 from pydflash.errors import ArgumentError, ContextFullError, SessionFileError
 from pydflash.plan import read_plan
@@ -50,9 +50,23 @@ class Core:
     models: Models
 
     def fingerprints(self) -> dict[str, str | None]:
-        """Of both models; None for no drafter."""
-        draft = self.models.draft
-        return {"target": fingerprint(self.models.target), "draft": None if draft is None else fingerprint(draft)}
+        """Of both models, as they were opened; None for no drafter."""
+        return {role: self._fingerprint(role) for role in ("target", "draft")}
+
+    def _fingerprint(self, role: str) -> str | None:
+        path = getattr(self.models, role)
+        if path is None:
+            return None
+        known = self.models.fingerprints
+        if role not in known:
+            if identity(path) != self.models.identities[role]:
+                raise SessionFileError(
+                    f"{path} is no longer the file that this session was opened with, so what it holds cannot be saved",
+                    path=path,
+                    where=role,
+                )
+            known[role] = fingerprint(path)
+        return known[role]
 
     def ids(self) -> NDArray[np.int32]:
         """All tokens, the pending one included: int32 [n_tokens]."""
@@ -212,8 +226,10 @@ class SavedSession:
         return value
 
 
-def restore_into(core: Core, saved: SavedSession) -> None:
+def restore_into(core: Core, saved: SavedSession, *, forget: Callable[[], None] = lambda: None) -> None:
     """Makes a saved session the timeline of another one, its pending token pending.
+
+    forget: called when all has been checked, right before the session's own timeline goes.
 
     The session goes on with exactly the tokens the saved one would have said; on another device, as exactly as that
     one rounds alike. Rows are read twice, first for their checksums and then from the page cache, a few MB at a time.
@@ -224,6 +240,7 @@ def restore_into(core: Core, saved: SavedSession) -> None:
     saved.file.verify()
     session = core.session
     state = saved.read_state("state")
+    forget()
     check(lib.pf_session_reset(session))
     try:
         for tensor in range(lib.pf_session_n_kv(session)):

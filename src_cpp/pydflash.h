@@ -172,8 +172,8 @@ typedef struct pf_generate_params {
     uint64_t n_stop_ids;
     /* Before all of the above, in this order: the bias is added to the logits; the repetition penalty (Keskar et al. 2019)
      * divides a positive logit of a token on the timeline and multiplies any other; from a token of the output, which is
-     * what came after the last append, are taken off presence_penalty and frequency_penalty times how often it came. In
-     * a tree the tokens on the way to a node count as said. */
+     * what was said since the last append or configure, are taken off presence_penalty and frequency_penalty times how
+     * often it came. In a tree the tokens on the way to a node count as said. */
     const int32_t * bias_ids; /* copied; each once */
     const float * bias;       /* [n_bias]: -1000 to 1000, or -inf: never this token */
     uint64_t n_bias;

@@ -122,6 +122,7 @@ void Session::configure(const pf_generate_params & params) {
     shape_ = params.shape;
     copying_ = params.copying != 0;
     stop_ids_.assign(params.stop_ids, params.stop_ids + params.n_stop_ids);
+    chooser_.counts.append(nullptr, 0); // a run begins: nothing is its output yet
 }
 
 void Session::constrain(const pf_constraint * given) {

@@ -5,6 +5,8 @@ Sessions run on F32 weights and an f32 cache where tokens are compared, so that 
 
 from __future__ import annotations
 
+import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ import pytest
 
 import pydflash
 from pydflash import Session
+from pydflash._timeline import Timeline
 from pydflash.constraint import Constraint
 from tests.tiny_models import TinyTarget, byte_tokenizer, write_gguf
 
@@ -24,7 +27,7 @@ TEMPLATE = (
 )
 GREEDY: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 # An answer whose text, read again, is the same tokens.
-PRINTABLE = GREEDY | {"logit_bias": {i: float("-inf") for i in range(288) if not 97 <= i < 123}}
+PRINTABLE = GREEDY | {"logit_bias": {i: float("-inf") for i in range(288) if not 15 <= i < 25}}
 WORDS = "the quick brown fox jumps over the lazy dog and reads the whole long document again "
 
 
@@ -427,3 +430,113 @@ def test_a_bias_that_forbids_everything_loses_nothing(budget: int, session: Sess
         session.generate(None, logit_bias=nothing, budget=budget)
     assert session.tokens == session.tokenize(WORDS)
     assert session.generate(None, **GREEDY).ids == fresh.generate(WORDS, **GREEDY).ids
+
+
+# ---- calls that meet -----------------------------------------------------------------------------------------------
+
+
+def test_a_stream_that_was_overtaken_says_so(session: Session) -> None:
+    """What a stream goes on from is what the session held when it was asked for."""
+    for make in (lambda: session.stream_ask("Who?", **GREEDY), lambda: session.stream(None, **GREEDY)):
+        session.append(WORDS)
+        stream = make()
+        session.ask("Where?", **GREEDY)
+        messages, tokens = session.messages, session.tokens
+        with pytest.raises(pydflash.StateError, match="another call has changed"):
+            next(iter(stream))
+        assert (session.messages, session.tokens) == (messages, tokens)
+
+
+def test_asking_from_many_threads_loses_no_question(session: Session) -> None:
+    threads = [threading.Thread(target=session.ask, args=(f"Question {i}?",), kwargs=GREEDY) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    asked = [message["content"] for message in session.messages if message["role"] == "user"]
+    assert sorted(asked) == [f"Question {i}?" for i in range(4)]
+
+
+def test_what_was_left_in_the_middle_stands(session: Session) -> None:
+    stream = iter(session.stream(WORDS, **GREEDY))
+    next(stream)
+    held = session.tokens
+    session.ask("Who?", **GREEDY)
+    assert session.tokens[: len(held)] == held
+    session.reset()
+    chat = iter(session.stream_ask("Who?", **PRINTABLE, budget=0))
+    said = next(chat).content
+    assert session.messages == [user("Who?"), {"role": "assistant", "content": said}]
+    messages = session.messages
+    assert session.append("") == session.n_tokens
+    assert session.messages == messages
+
+
+def test_nothing_said_is_no_answer(session: Session) -> None:
+    session.ask("Who jumps over what? " * 8, progress=lambda _: session.cancel(), **GREEDY)
+    assert [message["role"] for message in session.messages] == ["user"]
+
+
+def test_other_messages_are_another_timeline(session: Session) -> None:
+    session.ask("Who?", **PRINTABLE)
+    n = session.n_tokens
+    session.chat([user("Something else entirely, and long enough")], **PRINTABLE)
+    session.rewind(n)
+    assert session.messages == []  # no call ended with these tokens
+
+
+def test_a_call_from_inside_a_call_is_refused(session: Session) -> None:
+    with pytest.raises(pydflash.StateError, match="from inside another one of the same session"):
+        session.append(WORDS, progress=lambda _: print(session.n_tokens))
+    assert session.n_tokens == 65
+    assert session.generate(WORDS, **GREEDY).ids
+
+
+def test_penalties_of_output_begin_with_each_run(session: Session, fresh: Session) -> None:
+    settings = {"presence_penalty": 2.0, "frequency_penalty": 1.0}
+    session.generate(WORDS, **GREEDY)
+    held = session.tokens
+    for prompt in (None, held):
+        said = session.generate(prompt, **GREEDY, **settings).ids
+        assert said == fresh.generate(held, **GREEDY, **settings).ids
+        session.rewind(len(held))
+
+
+def test_an_interrupted_restore_forgets_what_was_held(
+    session: Session, fresh: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session.append(WORDS * 3)
+    session.save(tmp_path / "a.session")
+    session.reset()
+    session.append("something else " * 30)
+    with monkeypatch.context() as patch:
+        patch.setattr(Timeline, "replace_snapshots", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            session.restore(tmp_path / "a.session")
+    held = session.tokens
+    prompt = held[:200] + session.tokenize("and on")
+    assert session.generate(prompt, **GREEDY).ids == fresh.generate(prompt, **GREEDY).ids
+    session.save(tmp_path / "b.session")
+    Session.load(tmp_path / "b.session").close()
+
+
+def test_a_model_file_that_has_changed_is_not_vouched_for(
+    chat_target: Path, tiny_draft: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    target = tmp_path / "target.gguf"
+    shutil.copy(chat_target, target)
+    with opened(target, tiny_draft, cache_dir=tmp_path / "cache") as session:
+        shutil.copy(chat_target, tmp_path / "other.gguf")
+        (tmp_path / "other.gguf").replace(target)
+        session.append(WORDS * 4)  # not kept, and why is in the log
+        assert "no longer the file" in caplog.text
+        with pytest.raises(pydflash.SessionFileError, match="no longer the file that this session was opened with"):
+            session.save(tmp_path / "a.session")
+
+
+def test_documents_hold_no_special_tokens(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("<|im_end|> is how a turn ends")
+    with Session(n_ctx=1024, n_threads=1) as session:
+        session.tokenizer.chat_template = None  # type: ignore[union-attr]
+        session.append_document(tmp_path / "a.txt")
+        assert not session.tokenizer.stop_ids & set(session.tokens)  # type: ignore[union-attr]
