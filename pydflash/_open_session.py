@@ -219,17 +219,18 @@ class OpenSession:
                 "handler, and would wait for it forever; only cancel() may be called there"
             )
 
-    def _settle(self) -> None:
-        """The conversation becomes what stands by now, though a run may go on."""
+    def _settle(self, *, for_good: bool = False) -> None:
+        """The conversation becomes what stands by now; for_good: and no run that went on until now changes it again."""
         if self._unsettled is not None:
             self._unsettled()
+        if for_good:
+            self._unsettled = None
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
         """The lock, for a call that changes the timeline."""
         with self._open():
-            self._settle()
-            self._unsettled = None
+            self._settle(for_good=True)
             self._epoch += 1
             self._cancelled = False
             yield

@@ -431,7 +431,7 @@ class Session(OpenSession):
     @messages.setter
     def messages(self, messages: Messages) -> None:
         with self._open():
-            self._settle()
+            self._settle(for_good=True)
             self._conversation.replace_messages(checked_messages(messages) if messages else [])
 
     # ---- inside ----------------------------------------------------------------------------------------------------
@@ -498,7 +498,7 @@ class Session(OpenSession):
                 self._check_room(len(held) + len(new), 0)
                 self._unsettled = lambda: self._conversation.freeze(self._held.tokens().tolist())
                 self._prefill([*held, *new], (), progress)
-                self._settle()
+                self._settle(for_good=True)
             return self._held.n_tokens
 
     def _prefill(self, ids: list[int], ends: Iterable[int], progress: Callable[[Progress], None] | None) -> int:
@@ -573,7 +573,7 @@ class Session(OpenSession):
 
         def done(result: Result) -> None:
             self._stats = result.stats
-            self._settle()
+            self._settle(for_good=True)
 
         return Request(
             ids=ids,

@@ -472,6 +472,17 @@ def test_what_was_left_in_the_middle_stands(session: Session) -> None:
     assert session.messages == messages
 
 
+def test_assigned_messages_are_what_is_followed(session: Session, fresh: Session) -> None:
+    other = [user("Once?"), {"role": "assistant", "content": "Twice."}]
+    for leave_early in (False, True):
+        stream = session.stream_ask("Who?", **GREEDY)
+        next(iter(stream)) if leave_early else list(stream)
+        session.messages = other
+        answer = session.ask("Where?", **GREEDY)
+        assert session.messages[:3] == [*other, user("Where?")]
+        assert answer.ids == fresh.chat([*other, user("Where?")], **GREEDY).ids
+
+
 def test_nothing_said_is_no_answer(session: Session) -> None:
     session.ask("Who jumps over what? " * 8, progress=lambda _: session.cancel(), **GREEDY)
     assert [message["role"] for message in session.messages] == ["user"]
