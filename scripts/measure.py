@@ -16,6 +16,8 @@ import json
 import platform
 import statistics
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +40,20 @@ ALONE = ["chain", "tree, 16 nodes", "tree, 63 nodes"]
 KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
 
 
-def acceptance(
-    session: pydflash.Session, alone: pydflash.Session, prompts: list[list[int]], n_tokens: int
-) -> dict[str, Any]:
-    """Tokens per target pass and speed of every way, over all prompts; `alone` is a session without copying."""
-    ways = {way: (session, options) for way, options in WAYS.items()}
-    ways |= {way + DRAFTER_ALONE: (alone, WAYS[way]) for way in ALONE}
-    runs: dict[str, list[pydflash.Result]] = {way: [] for way in ways}
-    for i, prompt in enumerate(prompts):
-        print(f"\rprompt {i + 1} of {len(prompts)} ", end="", file=sys.stderr, flush=True)
-        for way, (runner, options) in ways.items():
-            runs[way].append(runner.generate(prompt, max_tokens=n_tokens, ignore_eos=True, **options))
-    print(file=sys.stderr)
+def acceptance(texts: list[str], n_tokens: int, open_session: Callable[..., pydflash.Session]) -> dict[str, Any]:
+    """Tokens per target pass and speed of every way, over all prompts."""
+    runs: dict[str, list[pydflash.Result]] = {}
+    # One session after the other: the threads of an idle one still look out for work for a while.
+    for copying, ways, suffix in ((True, list(WAYS), ""), (False, ALONE, DRAFTER_ALONE)):
+        with open_session(kv_type="f16", copying=copying) as session:
+            for i, text in enumerate(texts):
+                print(f"\rprompt {i + 1} of {len(texts)} ", end="", file=sys.stderr, flush=True)
+                for way in ways:
+                    found = session.generate(text, max_tokens=n_tokens, ignore_eos=True, **WAYS[way])
+                    runs.setdefault(way + suffix, []).append(found)
+            print(file=sys.stderr)
     looping = [loops(result.ids) for result in runs["plain"]]
-    out: dict[str, Any] = {"n_prompts": len(prompts), "n_looping": sum(looping), "ways": {}}
+    out: dict[str, Any] = {"n_prompts": len(texts), "n_looping": sum(looping), "ways": {}}
     for way, results in runs.items():
         row: dict[str, Any] = {"same_text": sum(a.ids == b.ids for a, b in zip(results, runs["plain"], strict=True))}
         for name, wanted in (("mean_accepted", False), ("mean_accepted_looping", True)):
@@ -93,17 +95,13 @@ def main() -> None:
 
     texts = [x["text"] for x in json.loads(PROMPTS.read_text())["prompts"][: a.prompts]]
     out: dict[str, Any] = {}
-    options: dict[str, Any] = {"kv_type": "f16", "n_ctx": 1024, "n_threads": a.n_threads}
-    with (
-        pydflash.Session(a.target, a.draft, **options) as session,
-        pydflash.Session(a.target, a.draft, copying=False, **options) as alone,
-    ):
-        prompts = [session.tokenize(text) for text in texts]
-        out["acceptance"] = acceptance(session, alone, prompts, a.n_gen)
+    open_session = partial(pydflash.Session, a.target, a.draft, n_ctx=1024, n_threads=a.n_threads)
+    out["acceptance"] = acceptance(texts, a.n_gen, open_session)
     out["divergence"] = {}
     for kv_type in KV_TYPES:
-        with pydflash.Session(a.target, a.draft, kv_type=kv_type, n_ctx=1024, n_threads=a.n_threads) as session:
-            out["divergence"][kv_type] = divergence(session, prompts[:60], a.n_gen)
+        with open_session(kv_type=kv_type) as session:
+            prompts = [session.tokenize(text) for text in texts[:60]]
+            out["divergence"][kv_type] = divergence(session, prompts, a.n_gen)
     if a.json:
         a.json.write_text(json.dumps(out, indent=1) + "\n")
     print(markdown(out, a.n_gen))
