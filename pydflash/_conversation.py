@@ -6,9 +6,7 @@ of the core.
 
 from __future__ import annotations
 
-import hashlib
 import operator
-import struct
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -16,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from pydflash.errors import ArgumentError, UnsupportedModelError
+from pydflash.results import output_hash
 from pydflash.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -84,7 +83,7 @@ class Conversation:
     def say(self, messages: Sequence[Message], raw: Sequence[int], ids: Sequence[int]) -> None:
         """A call has ended: these messages behind raw tokens, and these tokens on the timeline."""
         self.messages, self.raw = list(messages), list(raw)
-        self.turns = [*self.turns[-999:], (_digest(ids), len(self.messages))]
+        self.turns = [*self.turns[-999:], (output_hash(ids), len(self.messages))]
 
     def replace_messages(self, messages: Sequence[Message]) -> None:
         """Others, of which the timeline knows nothing yet."""
@@ -92,7 +91,7 @@ class Conversation:
 
     def back_to(self, ids: Sequence[int]) -> None:
         """The timeline has been cut to these tokens: where a call ended, messages; elsewhere, bare tokens."""
-        digest = _digest(ids)
+        digest = output_hash(ids)
         for i, (then, n_messages) in enumerate(self.turns):
             if then == digest:
                 self.messages, self.turns = self.messages[:n_messages], self.turns[: i + 1]
@@ -126,10 +125,6 @@ class Conversation:
         if "template" in self.__dict__:  # which takes longer to make than a short question to answer
             twin.__dict__["template"] = self.template
         return twin
-
-
-def _digest(ids: Sequence[int]) -> str:
-    return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()[:32]
 
 
 def checked_messages(messages: Any) -> list[Message]:

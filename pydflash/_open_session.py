@@ -9,6 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, SupportsIndex
 
@@ -30,8 +31,19 @@ if TYPE_CHECKING:
 Ids = Iterable[SupportsIndex]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a session was opened with, besides what its plan says. shipped: no model was named."""
+
+    chain: bool
+    copying: bool
+    checkpoint_every: int
+    checkpoint_memory: int
+    shipped: bool
+
+
 class OpenSession:
-    """What `Session` is apart from what it says. `_open_on` opens it.
+    """What `Session` is apart from what it says. `_open_on` opens it, with `_options` set before.
 
     device: "cpu" or "cuda". n_ctx, n_vocab, n_embd, n_layer: the models' and the plan's. block_size: the drafter's, 0
     without one. plan: what it was opened with. tokenizer: None when the model has none that is known.
@@ -40,8 +52,9 @@ class OpenSession:
     tokenizer: Tokenizer | None
     _no_tokenizer: UnsupportedModelError | None
     _conversation: Conversation
+    _options: Kept
 
-    def _open_on(self, models: Models, params: Any, *, checkpoint_every: int, checkpoint_memory: int) -> None:
+    def _open_on(self, models: Models, params: Any) -> None:
         self._lock = threading.Lock()
         self._epoch = 0  # counts the changes of the timeline, so that a stream knows when its own is gone
         self._cancelled = False
@@ -61,8 +74,8 @@ class OpenSession:
         self._held = Timeline(
             self._core.session,
             n_batch=n_batch,
-            every=-(-checkpoint_every // n_batch) * n_batch,
-            memory=checkpoint_memory,
+            every=-(-self._options.checkpoint_every // n_batch) * n_batch,
+            memory=self._options.checkpoint_memory,
         )
 
     def __enter__(self) -> Self:

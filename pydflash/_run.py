@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from pydflash._lib import check, ffi, lib
 from pydflash._text import TextStream
 from pydflash._timeline import Progress, Timeline
-from pydflash.results import Chunk, FinishReason, Result, Tally, TokenLogprob
+from pydflash.results import Chunk, FinishReason, Tally, TokenLogprob
 
 if TYPE_CHECKING:
     from pydflash.chat.answer import AnswerStream
@@ -32,12 +32,11 @@ class Request:
     params: Any  # pf_generate_params
     keep: Any  # the arrays params points into
     seed: int
-    n_logprobs: int | None = None
-    progress: Callable[[Progress], None] | None = None
-    answer: AnswerStream | None = None  # of a chat: thinking and tool calls are told apart
-    constraint: Constraint | None = None  # what the text is held to
-    settle: Callable[[], None] = field(default=lambda: None)  # makes the conversation what stands by now
-    done: Callable[[Result], None] = field(default=lambda result: None)
+    n_logprobs: int | None
+    progress: Callable[[Progress], None] | None
+    answer: AnswerStream | None  # of a chat: thinking and tool calls are told apart
+    constraint: Constraint | None  # what the text is held to
+    settle: Callable[[], None]  # makes the conversation what stands by now
 
 
 def run(
@@ -46,7 +45,7 @@ def run(
     tokenizer: Tokenizer | None,
     request: Request,
     cancelled: Callable[[], bool],
-    prefill: Callable[[Request], int],
+    prefill: Callable[[], int],
 ) -> Generator[Chunk, None, None]:
     """Chunk after chunk, the result on the last. What has been said stands on the timeline, however the run ends.
 
@@ -57,7 +56,7 @@ def run(
     check(lib.pf_session_constrain(session, ffi.NULL if constraint is None else constraint.attach()))
     text = TextStream(tokenizer, request.stops)
     started = time.perf_counter()
-    n_cached = prefill(request)
+    n_cached = prefill()
     tally = Tally(len(request.ids), n_cached)
     tally.prefilled(time.perf_counter() - started)
 
@@ -111,9 +110,7 @@ def run(
                 delta += request.answer.finish(cut=finish != "stop")
             chunk = replace(chunk, content=delta.content, reasoning=delta.reasoning, tool_calls=delta.tool_calls)
         if finish is not None:
-            result = tally.result(finish, request.seed, request.answer)
-            request.done(result)
-            chunk = replace(chunk, result=result)
+            chunk = replace(chunk, result=tally.result(finish, request.seed, request.answer))
         yield chunk
 
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydflash._lib import check, ffi, lib
 
@@ -36,12 +37,23 @@ class Progress:
     seconds_left: float
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """The state that the first n_committed tokens leave behind: uint8 [n_bytes], as pf_session_get_state gives it."""
 
     n_committed: int
-    state: NDArray[np.uint8] = field(repr=False)
+    state: NDArray[np.uint8]
+
+
+_place_of = attrgetter("n_committed")
+
+
+def held_ids(session: Any) -> NDArray[np.int32]:
+    """All ids of a pf_session, the pending one included: int32 [n_tokens]."""
+    import numpy as np
+
+    ids = np.empty(int(lib.pf_session_n_tokens(session)), np.int32)
+    check(lib.pf_session_get_tokens(session, 0, len(ids), ffi.from_buffer("int32_t[]", ids)))
+    return ids
 
 
 class Timeline:
@@ -73,15 +85,11 @@ class Timeline:
 
     def tokens(self) -> NDArray[np.int32]:
         """All ids, the pending one included: int32 [n_tokens]."""
-        import numpy as np
-
-        ids = np.empty(self.n_tokens, np.int32)
-        check(lib.pf_session_get_tokens(self._session, 0, len(ids), ffi.from_buffer("int32_t[]", ids)))
-        return ids
+        return held_ids(self._session)
 
     def clear(self) -> None:
         """Back to no tokens; the snapshots go too."""
-        self._snapshots.clear()
+        self.forget_snapshots()
         check(lib.pf_session_reset(self._session))
 
     def forget_snapshots(self) -> None:
@@ -90,7 +98,7 @@ class Timeline:
 
     def replace_snapshots(self, snapshots: Iterable[Snapshot]) -> None:
         """Takes over the snapshots of a timeline whose tokens the core session has been given."""
-        self._snapshots = sorted(snapshots, key=lambda snapshot: snapshot.n_committed)
+        self._snapshots = sorted(snapshots, key=_place_of)
         self._thin()
 
     def snapshot(self) -> None:
@@ -98,7 +106,7 @@ class Timeline:
         import numpy as np
 
         n = self.n_committed
-        at = bisect_left(self._snapshots, n, key=lambda snapshot: snapshot.n_committed)
+        at = bisect_left(self._snapshots, n, key=_place_of)
         if n == 0 or (at < len(self._snapshots) and self._snapshots[at].n_committed == n):
             return
         n_bytes = int(lib.pf_session_state_bytes(self._session))
@@ -140,7 +148,7 @@ class Timeline:
         """
         n = len(ids)
         given = self.common(ids)
-        kept = self.reusable(ids)
+        kept = self._place(min(given, n - 1))
         if given < self.n_tokens or self.n_committed == n:  # else it goes on where it stands
             given = kept
             self.back_to(kept)
@@ -168,7 +176,7 @@ class Timeline:
 
     def back_to(self, n: int) -> None:
         """To the first n tokens, committed, where a snapshot stands or at the beginning; nothing is pending then."""
-        at = bisect_left(self._snapshots, n, key=lambda snapshot: snapshot.n_committed)
+        at = bisect_left(self._snapshots, n, key=_place_of)
         if n == self.n_committed:
             check(lib.pf_session_rewind(self._session, n, ffi.NULL, 0))  # drops what is pending
         elif n == 0:
@@ -180,13 +188,13 @@ class Timeline:
 
     def _forget_behind(self, n: int) -> None:
         """Drops the snapshots of tokens that are gone, as they are when the core has reset itself after an error."""
-        del self._snapshots[bisect_right(self._snapshots, n, key=lambda snapshot: snapshot.n_committed) :]
+        del self._snapshots[bisect_right(self._snapshots, n, key=_place_of) :]
 
     def _place(self, most: int) -> int:
         """The furthest place to go back to that holds at most so many tokens."""
         if self.n_committed <= most:
             return self.n_committed
-        at = bisect_right(self._snapshots, most, key=lambda snapshot: snapshot.n_committed)
+        at = bisect_right(self._snapshots, most, key=_place_of)
         return self._snapshots[at - 1].n_committed if at else 0
 
     def _stops(self, start: int, n: int, ends: Iterable[int]) -> list[int]:

@@ -20,11 +20,10 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from itertools import starmap
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydflash._timeline import Progress, Snapshot, Timeline
+from pydflash._timeline import Progress, Snapshot, Timeline, held_ids
 from pydflash.errors import ModelFileError, SessionFileError
 from pydflash.store import Core, SavedSession, restore_into, save_session, stored_bytes
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from pydflash.store import State
 
 _ENTRY = re.compile(r"([0-9a-f]{32})-([0-9]{1,10})-([0-9a-f]{32})\.session")
 _PATIENCE = 100  # tenths of a second to wait for another process's write; then this one is left out
@@ -112,7 +110,7 @@ class DocumentCache:
             entry = self.restore(core, ids, more_than=kept, forget=held.forget_snapshots)
             if entry is not None:
                 with entry:
-                    held.replace_snapshots(starmap(Snapshot, entry.read_snapshots()))
+                    held.replace_snapshots(entry.read_snapshots())
                 kept = held.reusable(ids)
         stored = kept
         for end in [*edges, n]:
@@ -120,13 +118,13 @@ class DocumentCache:
             if worth_it or end == n:
                 held.extend_to(ids[:end], ends=edges, n_total=n, progress=progress, cancelled=cancelled)
             if worth_it and not cancelled():
-                self.put(core, snapshots=[(snapshot.n_committed, snapshot.state) for snapshot in held.snapshots])
+                self.put(core, snapshots=held.snapshots)
                 stored = end
         return kept
 
-    def put(self, core: Core, *, snapshots: Sequence[tuple[int, State]]) -> bool:
+    def put(self, core: Core, *, snapshots: Sequence[Snapshot]) -> bool:
         """Keeps what the session holds, and evicts what has no room beside it; whether it is there now."""
-        ids = core.ids()
+        ids = held_ids(core.session)
         try:
             key = _key(core)
         except (SessionFileError, ModelFileError) as error:

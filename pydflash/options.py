@@ -13,6 +13,23 @@ from pydflash.errors import ArgumentError, nearest
 KV_TYPES = ("f32", "f16", "q8_0", "q4_0")
 MAX_BUDGET: int = lib.PF_MAX_NODES - 1
 
+# What a setting of a run may be, by its name.
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 100),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "repeat_penalty": (0.01, 100),
+    "presence_penalty": (-100, 100),
+    "frequency_penalty": (-100, 100),
+}
+_INTEGERS: dict[str, tuple[int, int]] = {
+    "budget": (0, MAX_BUDGET),
+    "top_k": (0, 2**31 - 1),
+    "seed": (0, 2**64 - 1),
+    "max_tokens": (0, 2**31 - 1),
+    "logprobs": (0, lib.PF_MAX_LOGPROBS),
+}
+
 Stop: TypeAlias = "str | int | Sequence[str | int] | None"
 KvType: TypeAlias = "str | tuple[str, str]"
 
@@ -37,6 +54,11 @@ def number(name: str, value: SupportsFloat, low: float, high: float) -> float:
     if not low <= result <= high:
         raise ArgumentError(f"{name} is {value!r}; it must be a number from {low:g} to {high:g}")
     return result
+
+
+def setting(name: str, value: Any) -> Any:
+    """A setting of a run, within its bounds."""
+    return number(name, value, *_NUMBERS[name]) if name in _NUMBERS else integer(name, value, *_INTEGERS[name])
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:
@@ -107,7 +129,7 @@ def session_params(
         raise ArgumentError(f"n_batch is {n_batch}; it must be a multiple of 64")
     params.n_ring = integer("n_ring", n_ring, 1, 2**31 - 1)
     params.n_threads = 0 if n_threads is None else integer("n_threads", n_threads, 1, 512)
-    params.budget = integer("budget", budget, 0, MAX_BUDGET)
+    params.budget = setting("budget", budget)
     return params
 
 
@@ -131,17 +153,17 @@ def generate_params(
     """A filled pf_generate_params, and the arrays it points into, which must live until it has been used."""
     params = ffi.new("pf_generate_params *")
     lib.pf_generate_params_default(params)
-    params.budget = integer("budget", budget, 0, MAX_BUDGET)
+    params.budget = setting("budget", budget)
     params.shape = lib.PF_SHAPE_CHAIN if chain else lib.PF_SHAPE_TREE
-    params.temperature = number("temperature", temperature, 0, 100)
-    params.top_k = integer("top_k", top_k, 0, 2**31 - 1)
-    params.top_p = number("top_p", top_p, 0, 1)
-    params.min_p = number("min_p", min_p, 0, 1)
-    params.seed = integer("seed", seed, 0, 2**64 - 1)
-    params.repeat_penalty = number("repeat_penalty", repeat_penalty, 0.01, 100)
-    params.presence_penalty = number("presence_penalty", presence_penalty, -100, 100)
-    params.frequency_penalty = number("frequency_penalty", frequency_penalty, -100, 100)
-    params.n_logprobs = -1 if logprobs is None else integer("logprobs", logprobs, 0, lib.PF_MAX_LOGPROBS)
+    params.temperature = setting("temperature", temperature)
+    params.top_k = setting("top_k", top_k)
+    params.top_p = setting("top_p", top_p)
+    params.min_p = setting("min_p", min_p)
+    params.seed = setting("seed", seed)
+    params.repeat_penalty = setting("repeat_penalty", repeat_penalty)
+    params.presence_penalty = setting("presence_penalty", presence_penalty)
+    params.frequency_penalty = setting("frequency_penalty", frequency_penalty)
+    params.n_logprobs = -1 if logprobs is None else setting("logprobs", logprobs)
     params.copying = bool(copying)
     bias = biases(logit_bias)
     arrays = ffi.new("int32_t[]", stop_ids), ffi.new("int32_t[]", list(bias)), ffi.new("float[]", list(bias.values()))

@@ -120,7 +120,7 @@ class Chunk:
 
 
 def output_hash(ids: Sequence[int]) -> str:
-    """16 hex digits that tell one output from another: SHA-256 over the ids as little-endian int32."""
+    """16 hex digits that tell one sequence of ids from another: SHA-256 over them as little-endian int32."""
     return hashlib.sha256(struct.pack(f"<{len(ids)}i", *ids)).hexdigest()[:16]
 
 

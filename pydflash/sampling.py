@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from pydflash import options
-from pydflash._lib import lib
 from pydflash._timeline import Progress
 from pydflash.errors import ArgumentError, UnknownOptionError, nearest
 from pydflash.options import Stop
+
+_PENALTIES = ("repeat_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +50,13 @@ class Sampling:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
-        options.number("temperature", self.temperature, 0, 100)
-        options.integer("top_k", self.top_k, 0, 2**31 - 1)
-        options.number("top_p", self.top_p, 0, 1)
-        options.number("min_p", self.min_p, 0, 1)
-        options.number("repeat_penalty", self.repeat_penalty, 0.01, 100)
-        options.number("presence_penalty", self.presence_penalty, -100, 100)
-        options.number("frequency_penalty", self.frequency_penalty, -100, 100)
+        for name in ("temperature", "top_k", "top_p", "min_p", *_PENALTIES):
+            options.setting(name, getattr(self, name))
+        for name in ("seed", "max_tokens", "logprobs"):
+            if getattr(self, name) is not None:
+                options.setting(name, getattr(self, name))
         options.biases(self.logit_bias)
-        if self.seed is not None:
-            options.integer("seed", self.seed, 0, 2**64 - 1)
-        if self.max_tokens is not None:
-            options.integer("max_tokens", self.max_tokens, 0, 2**31 - 1)
         options.stops(self.stop, 2**31 - 1)
-        if self.logprobs is not None:
-            options.integer("logprobs", self.logprobs, 0, lib.PF_MAX_LOGPROBS)
-
-    def seeded(self) -> Sampling:
-        """With a seed of its own where none was given."""
-        return self if self.seed is not None else replace(self, seed=secrets.randbits(32))
 
 
 class Settings(TypedDict, total=False):
@@ -98,9 +86,22 @@ class Settings(TypedDict, total=False):
     progress: Callable[[Progress], None] | None
 
 
+class ChatSettings(Settings, total=False):
+    """What every method that renders messages takes by name: `Settings`, and
+
+    tools: what the model may call, in OpenAI's shape.
+    thinking: the template's enable_thinking; None leaves it to the template.
+    template_variables: whatever else the template knows.
+    """
+
+    tools: Sequence[Mapping[str, Any]] | None
+    thinking: bool | None
+    template_variables: Mapping[str, Any] | None
+
+
 @dataclass(frozen=True)
 class RunOptions:
-    """The settings of one run, sorted."""
+    """`Settings`, sorted."""
 
     sampling: Sampling
     budget: int | None = None
@@ -109,13 +110,25 @@ class RunOptions:
     progress: Callable[[Progress], None] | None = None
 
 
-def run_options(method: str, sampling: Sampling | None, settings: Mapping[str, Any]) -> RunOptions:
-    """Sampling, single fields of it changed by name, and what else a run has; seeded.
+@dataclass(frozen=True)
+class ChatOptions(RunOptions):
+    """`ChatSettings`, sorted."""
+
+    tools: Sequence[Mapping[str, Any]] | None = None
+    thinking: bool | None = None
+    template_variables: Mapping[str, Any] | None = None
+
+
+Options = TypeVar("Options", bound=RunOptions)
+
+
+def sorted_options(kind: type[Options], method: str, sampling: Sampling | None, settings: Mapping[str, Any]) -> Options:
+    """Sampling, single fields of it changed by name, and what else a run has.
 
     method: for the sentence that refuses an unknown name. Raises UnknownOptionError, ArgumentError.
     """
     of_sampling = [item.name for item in fields(Sampling)]
-    others = [item.name for item in fields(RunOptions) if item.name != "sampling"]
+    others = [item.name for item in fields(kind) if item.name != "sampling"]
     for name in settings:
         if name not in (*of_sampling, *others):
             known = ["sampling", *of_sampling, *others]
@@ -123,9 +136,10 @@ def run_options(method: str, sampling: Sampling | None, settings: Mapping[str, A
             raise UnknownOptionError(f"Session.{method} has no option {name!r}{advice}")
     if sampling is not None and not isinstance(sampling, Sampling):
         raise ArgumentError(f"sampling is {sampling!r}; give a pydflash.Sampling, or single settings by name")
-    progress = settings.get("progress")
-    if progress is not None and not callable(progress):
-        raise ArgumentError(f"progress is {progress!r}; it must be a function that takes a Progress")
-    changes = {name: value for name, value in settings.items() if name in of_sampling}
-    base = replace(sampling, **changes) if sampling is not None else Sampling(**changes)
-    return RunOptions(base.seeded(), **{name: value for name, value in settings.items() if name in others})
+    made = kind(
+        replace(sampling or Sampling(), **{name: settings[name] for name in settings if name in of_sampling}),
+        **{name: settings[name] for name in settings if name in others},
+    )
+    if made.progress is not None and not callable(made.progress):
+        raise ArgumentError(f"progress is {made.progress!r}; it must be a function that takes a Progress")
+    return made

@@ -6,18 +6,18 @@ what that means `_conversation`'s; one run is in `_run`, its settings in `sampli
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import starmap
 from typing import TYPE_CHECKING, Any, cast
 
 from pydflash import options
 from pydflash._conversation import Conversation, Message, Rendered, checked_messages
 from pydflash._handles import Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
-from pydflash._open_session import Ids, OpenSession
+from pydflash._open_session import Ids, Kept, OpenSession
 from pydflash._run import Request, run
-from pydflash._timeline import Progress, Snapshot
+from pydflash._timeline import Progress
 from pydflash.device import choose
 from pydflash.errors import (
     ArgumentError,
@@ -30,7 +30,7 @@ from pydflash.errors import (
 from pydflash.options import KvType
 from pydflash.plan import n_bytes, plan_pair
 from pydflash.results import Chunk, Result
-from pydflash.sampling import RunOptions, Sampling, run_options
+from pydflash.sampling import ChatOptions, RunOptions, Sampling, sorted_options
 from pydflash.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from pydflash.documents import Documents
-    from pydflash.sampling import Settings
+    from pydflash.sampling import ChatSettings, Settings
     from pydflash.store import Core, SavedSession
 
 Messages = Sequence[Mapping[str, Any]]
@@ -120,7 +120,7 @@ class Session(OpenSession):
             n_ctx=n_ctx, kv_type=kv_type, n_batch=n_batch, n_ring=n_ring, n_threads=n_threads, budget=budget
         )
         options.integer("checkpoint_every", checkpoint_every, 1, 2**31 - 1)
-        self._options = _Options(
+        self._options = Kept(
             chain=bool(chain),
             copying=bool(copying),
             checkpoint_every=checkpoint_every,
@@ -143,12 +143,7 @@ class Session(OpenSession):
                 )
         self._no_tokenizer: UnsupportedModelError | None = None
         self.tokenizer: Tokenizer | None = None
-        self._open_on(
-            Models(target, draft, device),
-            params,
-            checkpoint_every=self._options.checkpoint_every,
-            checkpoint_memory=self._options.checkpoint_memory,
-        )
+        self._open_on(Models(target, draft, device), params)
         try:
             self.tokenizer = Tokenizer.from_gguf(target)
         except UnsupportedModelError as error:  # such a model takes and gives ids
@@ -174,7 +169,9 @@ class Session(OpenSession):
         Raises ArgumentError, ContextFullError (the prompt does not fit), UnsupportedModelError (text for a model
         without a tokenizer). KeyboardInterrupt ends the run at the next step.
         """
-        return self._whole(lambda: self._given_prompt(prompt), run_options("generate", sampling, settings))
+        return self._whole(
+            lambda: self._given_prompt(prompt), sorted_options(RunOptions, "generate", sampling, settings)
+        )
 
     def stream(
         self, prompt: str | Ids | None, sampling: Sampling | None = None, **settings: Unpack[Settings]
@@ -183,73 +180,41 @@ class Session(OpenSession):
 
         The prompt is checked at once and evaluated when the first chunk is asked for. A stream may be left at any time.
         """
-        return self._stream(lambda: self._given_prompt(prompt), run_options("stream", sampling, settings))
+        return self._stream(
+            lambda: self._given_prompt(prompt), sorted_options(RunOptions, "stream", sampling, settings)
+        )
 
-    def chat(
-        self,
-        messages: Messages,
-        sampling: Sampling | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        template_variables: Mapping[str, Any] | None = None,
-        **settings: Unpack[Settings],
-    ) -> Result:
+    def chat(self, messages: Messages, sampling: Sampling | None = None, **settings: Unpack[ChatSettings]) -> Result:
         """Answers messages: the whole timeline from now on, in the model's chat template.
 
         messages: OpenAI's: {"role": "system" | "user" | "assistant" | "tool", "content": text or text parts, and
             "reasoning_content", "tool_calls", "tool_call_id" where they belong}. Special tokens spelt in them are text.
-        tools: what the model may call, in OpenAI's shape.
-        thinking: the template's enable_thinking; None leaves it to the template.
-        template_variables: whatever else the template knows.
+        sampling, settings: as for `generate`, and the fields of `ChatSettings`: tools, thinking, template_variables.
 
         The answer's parts are the result's content, reasoning and tool_calls. Afterwards `session.messages` are these
         messages and the answer. Raises what `generate` does, and UnsupportedModelError for a model without a template.
         """
-        wanted = run_options("chat", sampling, settings)
-        return self._whole(lambda: self._chat(messages, tools, thinking, template_variables), wanted)
+        wanted = sorted_options(ChatOptions, "chat", sampling, settings)
+        return self._whole(lambda: self._chat(messages, wanted), wanted)
 
     def stream_chat(
-        self,
-        messages: Messages,
-        sampling: Sampling | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        template_variables: Mapping[str, Any] | None = None,
-        **settings: Unpack[Settings],
+        self, messages: Messages, sampling: Sampling | None = None, **settings: Unpack[ChatSettings]
     ) -> Iterator[Chunk]:
         """As `chat`, one chunk a step; the last chunk carries the result."""
-        wanted = run_options("stream_chat", sampling, settings)
-        return self._stream(lambda: self._chat(messages, tools, thinking, template_variables), wanted)
+        wanted = sorted_options(ChatOptions, "stream_chat", sampling, settings)
+        return self._stream(lambda: self._chat(messages, wanted), wanted)
 
-    def ask(
-        self,
-        question: str,
-        sampling: Sampling | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        template_variables: Mapping[str, Any] | None = None,
-        **settings: Unpack[Settings],
-    ) -> Result:
+    def ask(self, question: str, sampling: Sampling | None = None, **settings: Unpack[ChatSettings]) -> Result:
         """Answers a user's next message, behind everything the session holds; otherwise as `chat`."""
-        wanted = run_options("ask", sampling, settings)
-        return self._whole(lambda: self._question(question, tools, thinking, template_variables), wanted)
+        wanted = sorted_options(ChatOptions, "ask", sampling, settings)
+        return self._whole(lambda: self._question(question, wanted), wanted)
 
     def stream_ask(
-        self,
-        question: str,
-        sampling: Sampling | None = None,
-        *,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        thinking: bool | None = None,
-        template_variables: Mapping[str, Any] | None = None,
-        **settings: Unpack[Settings],
+        self, question: str, sampling: Sampling | None = None, **settings: Unpack[ChatSettings]
     ) -> Iterator[Chunk]:
         """As `ask`, one chunk a step; the last chunk carries the result."""
-        wanted = run_options("stream_ask", sampling, settings)
-        return self._stream(lambda: self._question(question, tools, thinking, template_variables), wanted)
+        wanted = sorted_options(ChatOptions, "stream_ask", sampling, settings)
+        return self._stream(lambda: self._question(question, wanted), wanted)
 
     def cancel(self) -> None:
         """Ends the call going on, in whatever thread, at its next step or batch of the prompt: a run's finish_reason is
@@ -342,12 +307,7 @@ class Session(OpenSession):
             params = ffi.new("pf_session_params *", self._params[0])
             params.n_ctx = self.n_ctx
             params.type_k, params.type_v = options.kv_types(self.plan.kv_type)
-            twin._open_on(
-                models,
-                params,
-                checkpoint_every=self._options.checkpoint_every,
-                checkpoint_memory=self._options.checkpoint_memory,
-            )
+            twin._open_on(models, params)
             check(lib.pf_session_copy(twin._core.session, self._core.session))
             twin._held.replace_snapshots(self._held.snapshots)
             twin._conversation = self._conversation.copy()
@@ -367,7 +327,7 @@ class Session(OpenSession):
                 path,
                 self._store_core(),
                 conversation=self._conversation.as_dict(),
-                snapshots=[(snapshot.n_committed, snapshot.state) for snapshot in self._held.snapshots],
+                snapshots=self._held.snapshots,
                 options={**asdict(self._options), "n_ctx": self.n_ctx, "budget": self.plan.budget},
             )
 
@@ -418,7 +378,7 @@ class Session(OpenSession):
         except ArgumentError as error:
             raise saved.wrong(f"holds messages that cannot be: {error}", "section 'conversation'") from None
         restore_into(self._store_core(), saved, forget=self._held.forget_snapshots)
-        self._held.replace_snapshots(starmap(Snapshot, saved.read_snapshots()))
+        self._held.replace_snapshots(saved.read_snapshots())
         self._conversation = conversation
 
     @property
@@ -445,34 +405,22 @@ class Session(OpenSession):
             return _Prompt(Rendered(self.tokenize(prompt), []))
         return _Prompt(Rendered(options.token_ids("prompt", prompt, self.n_vocab), []))
 
-    def _chat(
-        self,
-        messages: Messages,
-        tools: Sequence[Mapping[str, Any]] | None,
-        thinking: bool | None,
-        variables: Mapping[str, Any] | None,
-        raw: Sequence[int] = (),
-    ) -> _Prompt:
+    def _chat(self, messages: Messages, wanted: ChatOptions, raw: Sequence[int] = ()) -> _Prompt:
         given = checked_messages(messages)
+        variables = wanted.template_variables
         if variables is not None and not isinstance(variables, Mapping):
             raise ArgumentError(f"template_variables is {variables!r}; it must map names to values")
         rendered = self._conversation.render(
-            given, raw=raw, answer=True, tools=tools, thinking=thinking, variables=variables
+            given, raw=raw, answer=True, tools=wanted.tools, thinking=wanted.thinking, variables=variables
         )
-        return _Prompt(rendered, raw=raw, messages=given, tools=tools or ())
+        return _Prompt(rendered, raw=raw, messages=given, tools=wanted.tools or ())
 
-    def _question(
-        self,
-        question: str,
-        tools: Sequence[Mapping[str, Any]] | None,
-        thinking: bool | None,
-        variables: Mapping[str, Any] | None,
-    ) -> _Prompt:
+    def _question(self, question: str, wanted: ChatOptions) -> _Prompt:
         if not isinstance(question, str):
             raise ArgumentError(f"question must be text, not {type(question).__name__}; chat() takes messages")
         held = self._conversation
         messages = [*held.messages, {"role": "user", "content": question}]
-        return replace(self._chat(messages, tools, thinking, variables, held.raw), follows=True)
+        return replace(self._chat(messages, wanted, held.raw), follows=True)
 
     def _append_messages(self, messages: list[Message], progress: Callable[[Progress], None] | None) -> int:
         with self._changing():
@@ -534,13 +482,13 @@ class Session(OpenSession):
             constraint = Constraint.compile(wanted.response_format, self._need_tokenizer(), after=after)
         if self.tokenizer is not None and (constraint is not None or not sampling.ignore_eos):
             stop_ids = sorted(self.tokenizer.stop_ids | set(stop_ids))
-        assert sampling.seed is not None
+        seed = secrets.randbits(32) if sampling.seed is None else sampling.seed
         params, keep = options.generate_params(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
-            seed=sampling.seed,
+            seed=seed,
             budget=(self.plan.budget if wanted.budget is None else wanted.budget) if self.block_size else 0,
             chain=self._options.chain if wanted.chain is None else bool(wanted.chain),
             stop_ids=stop_ids,
@@ -571,10 +519,6 @@ class Session(OpenSession):
                 said = [answer.message()] if answer.content or answer.reasoning or answer.tool_calls else []
                 self._conversation.say([*prompt.messages, *said], prompt.raw, held)
 
-        def done(result: Result) -> None:
-            self._stats = result.stats
-            self._settle(for_good=True)
-
         return Request(
             ids=ids,
             ends=prompt.rendered.ends,
@@ -582,25 +526,28 @@ class Session(OpenSession):
             stops=texts,
             params=params,
             keep=keep,
-            seed=sampling.seed,
+            seed=seed,
             n_logprobs=sampling.logprobs,
             progress=wanted.progress,
             answer=answer,
             constraint=constraint,
             settle=settle,
-            done=done,
         )
 
     def _run(self, request: Request) -> Generator[Chunk, None, None]:
         self._unsettled = request.settle
-        yield from run(
+        for chunk in run(
             self._core.session,
             self._held,
             self.tokenizer,
             request,
             lambda: self._cancelled,
-            lambda wanted: self._prefill(wanted.ids, wanted.ends, wanted.progress),
-        )
+            lambda: self._prefill(request.ids, request.ends, request.progress),
+        ):
+            if chunk.result is not None:
+                self._stats = chunk.result.stats
+                self._settle(for_good=True)
+            yield chunk
 
     def _whole(self, prompt: Callable[[], _Prompt], wanted: RunOptions) -> Result:
         with self._changing():
@@ -641,17 +588,6 @@ class Session(OpenSession):
                 need=n + n_output,
                 free=self.n_ctx,
             )
-
-
-@dataclass(frozen=True)
-class _Options:
-    """What a session was opened with, besides what its plan says. shipped: no model was named."""
-
-    chain: bool
-    copying: bool
-    checkpoint_every: int
-    checkpoint_memory: int
-    shipped: bool
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from pydflash import _container
 from pydflash._fingerprint import fingerprint
 from pydflash._handles import Models, identity
 from pydflash._lib import c_path, check, ffi, lib
+from pydflash._timeline import Snapshot, held_ids
 from pydflash.errors import ArgumentError, ContextFullError, SessionFileError
 from pydflash.plan import read_plan
 
@@ -68,14 +69,6 @@ class Core:
             known[role] = fingerprint(path)
         return known[role]
 
-    def ids(self) -> NDArray[np.int32]:
-        """All tokens, the pending one included: int32 [n_tokens]."""
-        import numpy as np
-
-        ids = np.empty(int(lib.pf_session_n_tokens(self.session)), np.int32)
-        check(lib.pf_session_get_tokens(self.session, 0, len(ids), ffi.from_buffer("int32_t[]", ids)))
-        return ids
-
     def settings(self) -> dict[str, Any]:
         """What decides, besides the models, what the session's state looks like, and by which rounding it came about.
 
@@ -97,13 +90,13 @@ def save_session(
     core: Core,
     *,
     conversation: Any,
-    snapshots: Iterable[tuple[int, State]],
+    snapshots: Iterable[Snapshot],
     options: Mapping[str, Any],
 ) -> int:
     """Writes a session to a file, or over the one that is there; returns the file's size in bytes.
 
     conversation, options: what JSON can say, given back as they are.
-    snapshots: (n_committed, state) each, by rising n_committed.
+    snapshots: by rising n_committed.
     Needs a few MB of memory, whatever the session holds. SessionFileError when the file cannot be written,
     ArgumentError when the conversation is not JSON; a file that was there is untouched then.
     """
@@ -131,7 +124,7 @@ def save_session(
         "snapshots": [n for n, _ in kept],
     }
     sections = [
-        _whole("ids", memoryview(core.ids().tobytes())),
+        _whole("ids", memoryview(held_ids(core.session).tobytes())),
         _whole("conversation", memoryview(said)),
         _whole("state", state.data),
         *(_whole(f"snapshot.{n}", one.data) for n, one in kept),
@@ -170,10 +163,10 @@ class SavedSession:
     ) -> None:
         self.close()
 
-    def read_snapshots(self) -> Iterator[tuple[int, State]]:
-        """(n_committed, state) of each, by rising n_committed; after `restore_into`, which has checked them."""
+    def read_snapshots(self) -> Iterator[Snapshot]:
+        """Each, by rising n_committed; after `restore_into`, which has checked them."""
         for n in self.snapshots:
-            yield n, self.read_state(f"snapshot.{n}")
+            yield Snapshot(n, self.read_state(f"snapshot.{n}"))
 
     def read_state(self, name: str) -> State:
         """A section as uint8, its checksum not asked for again."""
@@ -261,7 +254,7 @@ def restore_into(core: Core, saved: SavedSession, *, forget: Callable[[], None] 
         raise
 
 
-def stored_bytes(core: Core, snapshots: Iterable[tuple[int, State]]) -> int:
+def stored_bytes(core: Core, snapshots: Iterable[Snapshot]) -> int:
     """About how large a file a session makes, in bytes: its conversation is left out."""
     session = core.session
     n_committed = int(lib.pf_session_n_committed(session))
