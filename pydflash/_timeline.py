@@ -109,7 +109,7 @@ class Timeline:
         at = bisect_left(self._snapshots, n, key=_place_of)
         if n == 0 or (at < len(self._snapshots) and self._snapshots[at].n_committed == n):
             return
-        n_bytes = int(lib.pf_session_state_bytes(self._session))
+        n_bytes = int(lib.pf_session_state_bytes(self._session, n))
         if n_bytes > self._memory:
             return
         state = np.empty(n_bytes, np.uint8)

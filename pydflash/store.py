@@ -330,4 +330,4 @@ def _pieces(n: int, at_once: int) -> Iterator[tuple[int, int]]:
 
 
 def _state_bytes(session: Any, n: int) -> int:
-    return int(lib.pf_session_state_bytes_at(session, n))
+    return int(lib.pf_session_state_bytes(session, n))

@@ -97,7 +97,8 @@ class Timeline:
         return total
 
     def mark(self) -> Mark:
-        n, size = lib.pf_session_n_committed(self._core), lib.pf_session_state_bytes(self._core)
+        n = lib.pf_session_n_committed(self._core)
+        size = lib.pf_session_state_bytes(self._core, n)
         state, pending = ffi.new("char[]", size), ffi.new("int32_t *")
         check(lib.pf_session_get_state(self._core, state, size))
         check(lib.pf_session_get_tokens(self._core, n, 1, pending))

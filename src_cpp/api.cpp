@@ -234,13 +234,9 @@ int64_t pf_session_n_committed(const pf_session * session) {
     return session ? session->session.n_committed() : 0;
 }
 
-uint64_t pf_session_state_bytes(const pf_session * session) {
-    return pf_session_state_bytes_at(session, pf_session_n_committed(session));
-}
-
-uint64_t pf_session_state_bytes_at(const pf_session * session, int64_t n) {
+uint64_t pf_session_state_bytes(const pf_session * session, int64_t n) {
     uint64_t bytes = 0;
-    pf::guard([&] { bytes = session ? session->session.state_bytes_at(n) : 0; });
+    pf::guard([&] { bytes = session ? session->session.state_bytes(n) : 0; });
     return bytes;
 }
 

@@ -14,10 +14,9 @@ void check_logits(const float * logits, int32_t n_vocab) {
     pf::require(pf::usable_logits(logits, n_vocab), "logits must hold no NaN and no +inf, and not only -inf");
 }
 
-// Checks what the caller passed and calls choose(chooser).
-template <class Choose>
-void with_chooser(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
-                  uint64_t n_ids, uint64_t n_output, Choose && choose) {
+// Checks what the caller passed.
+pf::Chooser make_chooser(const float * logits, int32_t n_vocab, const pf_generate_params * params, const int32_t * ids,
+                         uint64_t n_ids, uint64_t n_output) {
     check_logits(logits, n_vocab);
     pf::require(params, "params must not be NULL");
     pf::require(params->size == sizeof(pf_generate_params),
@@ -30,7 +29,7 @@ void with_chooser(const float * logits, int32_t n_vocab, const pf_generate_param
     chooser.configure(*params);
     chooser.counts.append(ids, n_ids - n_output);
     std::for_each(ids + (n_ids - n_output), ids + n_ids, [&](int32_t id) { chooser.counts.say(id); });
-    choose(chooser);
+    return chooser;
 }
 
 } // namespace
@@ -101,8 +100,7 @@ int pf_sample(const float * logits, int32_t n_vocab, const pf_generate_params * 
     return pf::guard([&] {
         pf::require(position >= 0, "position must not be negative");
         pf::require(token, "token must not be NULL");
-        with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
-                     [&](pf::Chooser & chooser) { *token = chooser.choose(logits, position, nullptr); });
+        *token = make_chooser(logits, n_vocab, params, ids, n_ids, n_output).choose(logits, position, nullptr);
     });
 }
 
@@ -110,7 +108,6 @@ int pf_sample_probs(const float * logits, int32_t n_vocab, const pf_generate_par
                     uint64_t n_ids, uint64_t n_output, double * probs) {
     return pf::guard([&] {
         pf::require(probs, "probs must not be NULL");
-        with_chooser(logits, n_vocab, params, ids, n_ids, n_output,
-                     [&](pf::Chooser & chooser) { chooser.probs(logits, probs); });
+        make_chooser(logits, n_vocab, params, ids, n_ids, n_output).probs(logits, probs);
     });
 }

@@ -304,10 +304,8 @@ PF_API int pf_session_logprobs(const pf_session * session, float * logp, int32_t
 /* Tokens [first, first + n) of the timeline; the pending one comes last. */
 PF_API int pf_session_get_tokens(const pf_session * session, int64_t first, int64_t n, int32_t * out);
 PF_API int64_t pf_session_n_committed(const pf_session * session); /* n_tokens, or one less when a token is pending */
-/* The state of the committed tokens: size is state_bytes, which depends on their number. Host byte order. */
-PF_API uint64_t pf_session_state_bytes(const pf_session * session);
-/* The size that the state of n committed tokens has here; 0 for a negative n. */
-PF_API uint64_t pf_session_state_bytes_at(const pf_session * session, int64_t n);
+/* The state of the committed tokens, and its size for n of them; 0 for a negative n. Host byte order. */
+PF_API uint64_t pf_session_state_bytes(const pf_session * session, int64_t n);
 PF_API int pf_session_get_state(pf_session * session, void * out, uint64_t size);
 /* Back to the first n committed tokens, with the state that get_state gave when the session stood there; nothing is
  * pending then. PF_ERR_ARGUMENT for a state that is not that of these tokens. For n = 0, and to drop

@@ -50,29 +50,38 @@ Session::Session(std::shared_ptr<const Target> target, std::shared_ptr<const Dra
     pf_generate_params_default(&greedy);
     greedy.budget = given.budget;
     configure(greedy);
-    reset();
 }
 
 void Session::reset() {
     n_ = 0;
     tokens_.clear();
     uncommitted_ = false;
+    chooser_.end(); // of a step that failed on its way
     chooser_.counts.clear();
     copier_.clear();
     runner_.clear();
 }
 
-template <class Body>
-void Session::reset_on_error(Body && body) {
+// stands(error): whether the session stands as it should all the same.
+template <class Body, class Stands>
+void Session::reset_on_error(Body && body, Stands && stands) {
     try {
         body();
     } catch (const Error & e) {
+        if (stands(e)) {
+            throw;
+        }
         reset();
         throw Error(e.code, std::string(e.what()) + "; the session was reset");
     } catch (...) {
         reset();
         throw;
     }
+}
+
+template <class Body>
+void Session::reset_on_error(Body && body) {
+    reset_on_error(body, [](const Error &) { return false; });
 }
 
 void Session::check_ids(const int32_t * ids, uint64_t n) const {
@@ -185,8 +194,8 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         throw Error(PF_ERR_CONTEXT,
                     "n_ctx " + std::to_string(n_ctx_) + " is used up; open the session with a larger one");
     }
-    bool stands = false; // the root, committed on the way
-    try {
+    bool root_stands = false; // committed on the way
+    const auto draft_to_accept = [&] {
         Timer timer;
         const int32_t room = (int32_t) std::min<int64_t>({n_ctx_ - n_tokens(), max_tokens, PF_MAX_NODES});
 
@@ -237,7 +246,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         options.commit = nodes_.n == 1;
         options.taps = taps();
         const PassOutputs & verified = runner_.pass(nodes_, n_, options);
-        stands = options.commit;
+        root_stands = options.commit;
         if (!reads_logits) {
             runner_.read(verified.choice, 0, tree_.n_nodes, choice_.data());
         }
@@ -270,24 +279,22 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         out.stopped = accepted_.stopped ? 1 : 0;
         out.n_copied = copier_.n_right(accepted_.tokens, accepted_.n_path - 1);
         uncommitted_ = true;
-    } catch (const Error & e) {
+    };
+    // Where what may be said leaves nothing to say, nothing is said, and all that stood still stands.
+    reset_on_error(draft_to_accept, [&](const Error & e) {
         if (e.code != PF_ERR_ARGUMENT && e.code != PF_ERR_STATE) {
-            reset();
-            throw Error(e.code, std::string(e.what()) + "; the session was reset");
+            return false;
         }
-        // What may be said leaves nothing to say: then nothing is, and all that stood still stands.
         chooser_.end();
-        if (stands) {
+        copier_.forget();
+        if (root_stands) {
             if (drafter_) {
                 runner_.append_context(nullptr, 1, n_);
             }
             ++n_;
         }
-        throw;
-    } catch (...) {
-        reset();
-        throw;
-    }
+        return true;
+    });
 }
 
 // 5. Commit the accepted path, or the part of it that the caller keeps.
@@ -346,15 +353,15 @@ void Session::check_state(const char * what, const int32_t * ids, int64_t n, con
     }
 }
 
-uint64_t Session::state_bytes_at(int64_t n) const {
+uint64_t Session::state_bytes(int64_t n) const {
     return n < 0 ? 0 : pf::state_bytes(runner_.caches(), n);
 }
 
 void Session::get_state(void * out, uint64_t size) const {
     require_settled("get_state");
-    if (size != state_bytes()) {
+    if (size != state_bytes(n_)) {
         throw Error(PF_ERR_ARGUMENT, "get_state: there is room for " + std::to_string(size) +
-                                         " bytes, but the state has " + std::to_string(state_bytes()));
+                                         " bytes, but the state has " + std::to_string(state_bytes(n_)));
     }
     pf::get_state(runner_.caches(), tokens_.data(), n_, out);
 }

@@ -45,8 +45,7 @@ class Session {
     }
 
     // Going back, keeping and moving a timeline; what is what is in snapshot.h.
-    uint64_t state_bytes() const { return state_bytes_at(n_); }
-    uint64_t state_bytes_at(int64_t n) const; // of n committed tokens
+    uint64_t state_bytes(int64_t n) const; // of n committed tokens
     void get_state(void * out, uint64_t size) const;
     void rewind(int64_t n, const void * state, uint64_t size);
     int32_t n_kv() const;
@@ -72,6 +71,8 @@ class Session {
     int32_t pending() const { return tokens_.back(); } // where there is one
     template <class Body>
     void reset_on_error(Body && body);
+    template <class Body, class Stands>
+    void reset_on_error(Body && body, Stands && stands);
     const std::vector<int32_t> * taps() const { return drafter_ ? &drafter_->taps : nullptr; }
 
     std::shared_ptr<const Target> target_;

@@ -71,7 +71,7 @@ class Core:
         check(lib.pf_session_reset(self.session))
 
     def state(self) -> bytes:
-        out = ffi.new("char[]", lib.pf_session_state_bytes(self.session))
+        out = ffi.new("char[]", lib.pf_session_state_bytes(self.session, self.n_committed))
         check(lib.pf_session_get_state(self.session, out, len(out)))
         return bytes(ffi.buffer(out))
 
@@ -200,7 +200,7 @@ def test_back_and_on(open_core: Open, kv_type: str, temperature: float) -> None:
     after = core.all()
     core.append(MORE)
     core.say(5)
-    assert lib.pf_session_state_bytes_at(core.session, n) == len(state)
+    assert lib.pf_session_state_bytes(core.session, n) == len(state)
     core.rewind(n, state)
     assert (core.tokens, core.n_committed, core.state()) == (PROMPT[:n], n, state)
     core.append(PROMPT[n:])
@@ -437,8 +437,7 @@ def test_a_step_must_be_committed_first(open_core: Open) -> None:
 def test_no_session_is_no_crash() -> None:
     null = ffi.NULL
     assert lib.pf_session_n_committed(null) == 0
-    assert lib.pf_session_state_bytes(null) == 0
-    assert lib.pf_session_state_bytes_at(null, 5) == 0
+    assert lib.pf_session_state_bytes(null, 5) == 0
     assert lib.pf_session_n_kv(null) == 0
     assert lib.pf_session_kv_row_bytes(null, 0) == 0
     for status in (

@@ -34,17 +34,16 @@ ggml_tensor * TensorBlock::add(ggml_type type, int64_t ne0, int64_t ne1, int64_t
 }
 
 // A long context costs nothing to open.
-bool TensorBlock::allocate_pages() {
+void TensorBlock::allocate_pages() {
     pages_ = map_pages(n_bytes_);
     if (!pages_) {
-        return false;
+        return;
     }
     buffer_ = ggml_backend_cpu_buffer_from_ptr(pages_, n_bytes_);
     ggml_tallocr place = ggml_tallocr_new(buffer_);
     for (ggml_tensor * t = ggml_get_first_tensor(ctx_); t; t = ggml_get_next_tensor(ctx_, t)) {
         ggml_tallocr_alloc(&place, t);
     }
-    return true;
 }
 
 void TensorBlock::allocate(const Memory & memory, const char * what) {
@@ -57,14 +56,12 @@ void TensorBlock::allocate(const Memory & memory, const char * what) {
         return;
     }
     // Masked rows are multiplied by a weight of zero: they must hold numbers.
-    bool allocated = false;
     if (memory.type == ggml_backend_cpu_buffer_type()) {
-        allocated = allocate_pages();
+        allocate_pages();
     } else if ((buffer_ = ggml_backend_alloc_ctx_tensors_from_buft(ctx_, memory.type))) {
         ggml_backend_buffer_clear(buffer_, 0);
-        allocated = true;
     }
-    if (!allocated) {
+    if (!buffer_) {
         throw Error(PF_ERR_MEMORY,
                     std::string(what) + " need " + std::to_string(n_bytes_ >> 20) +
                         " MiB, which this machine would not give; ask for a smaller n_ctx, n_batch or n_ring, "

@@ -36,7 +36,7 @@ class TensorBlock {
     uint64_t n_bytes() const { return n_bytes_; } // allocated or planned
 
   private:
-    bool allocate_pages();
+    void allocate_pages(); // none: there is no buffer then
 
     ggml_context * ctx_ = nullptr;
     ggml_backend_buffer_t buffer_ = nullptr;

@@ -17,12 +17,12 @@ int32_t opinion_column(int32_t token, int32_t d, const int32_t * ids, const floa
     if (d >= n_depth) {
         return 0;
     }
-    const int32_t * row = ids + static_cast<size_t>(d) * n_rank;
-    const int32_t * found = std::find(row, row + n_rank, token);
-    if (found == row + n_rank) {
+    const size_t row = static_cast<size_t>(d) * n_rank;
+    const int32_t rank = rank_of(token, ids + row, n_rank);
+    if (rank < 0) {
         return 1;
     }
-    const float p = std::exp(logp[static_cast<size_t>(d) * n_rank + (found - row)]);
+    const float p = std::exp(logp[row + rank]);
     return p <= 0.05f ? 2 : p <= 0.25f ? 3 : p <= 0.6f ? 4 : 5;
 }
 
@@ -44,7 +44,7 @@ void Copier::clear() {
     for (int32_t i = 0; i < n_lengths * n_opinions; ++i) {
         counts_[i] = {prior[i / n_opinions][i % n_opinions] * prior_trials, prior_trials};
     }
-    line_.n = 0;
+    forget();
 }
 
 void Copier::copy(const Copier & from, const int32_t * tokens, int64_t n) {
@@ -85,7 +85,7 @@ void Copier::learn(const int32_t * said, int32_t n) {
         counts_[cell_[i]].trials += 1;
         counts_[cell_[i]].hits += i < right ? 1 : 0;
     }
-    line_.n = 0;
+    forget();
 }
 
 } // namespace pf

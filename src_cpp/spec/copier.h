@@ -31,6 +31,8 @@ class Copier {
     int32_t n_right(const int32_t * said, int32_t n) const;
     // What was said behind those n tokens, the tokens of one step: the last proposal is learned from, and gone.
     void learn(const int32_t * said, int32_t n);
+    // The last proposal was never tried.
+    void forget() { line_.n = 0; }
 
   private:
     static constexpr int32_t n_lengths = 5;

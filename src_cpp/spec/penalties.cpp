@@ -61,7 +61,7 @@ void Penalties::apply(float * logits, const TokenCounts & counts) const {
         float & logit = logits[bias.token];
         std::isinf(bias.value) ? void(logit = bias.value) : set(logit, logit + bias.value);
     }
-    if (repeat_ == 1 && presence_ == 0 && frequency_ == 0) {
+    if (!penalises()) {
         return;
     }
     for (const int32_t token : counts.distinct()) {

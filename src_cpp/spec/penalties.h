@@ -16,10 +16,12 @@ namespace pf {
 class Penalties {
   public:
     Penalties(int32_t n_vocab, const pf_generate_params & params); // throws Error on settings out of range
-    bool any() const { return !bias_.empty() || repeat_ != 1 || presence_ != 0 || frequency_ != 0; }
+    bool any() const { return !bias_.empty() || penalises(); }
     void apply(float * logits, const TokenCounts & counts) const; // finite logits stay finite unless the bias forbids
 
   private:
+    bool penalises() const { return repeat_ != 1 || presence_ != 0 || frequency_ != 0; }
+
     struct Bias {
         int32_t token;
         float value;

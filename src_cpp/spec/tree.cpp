@@ -30,14 +30,12 @@ struct Candidate {
     int32_t parent; // in the order of taking; 0 is the root
     int32_t depth;  // 1 ..
     int32_t token;
-    int32_t rank;        // of the drafter's choices; -1: the line's own
-    int32_t next_rank;   // of the siblings that follow
-    int32_t deviations;  // nodes of other ranks than 0 on the path to the parent
-    bool below_line;     // the parent is on the line's path
-    bool line_follows;   // the line's token is among the siblings that follow
-    bool on_line;        // on the line's path
-    bool first;          // no sibling before it was taken
-    bool parent_on_path; // the parent, and all above it, were the first of their siblings
+    int32_t rank;       // of the drafter's choices; -1: the line's own
+    int32_t next_rank;  // of the siblings that follow
+    int32_t deviations; // nodes of other ranks than 0 on the path to the parent
+    bool below_line;    // the parent is on the line's path
+    bool line_follows;  // the line's token is among the siblings that follow
+    bool on_line;       // on the line's path
     Path path;
 };
 
@@ -75,7 +73,6 @@ void check(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_r
         }
     }
     if (line) {
-        require(line->n >= 0 && line->n <= max_depth, "a line must have 0 to 63 tokens");
         for (int32_t d = 0; d < line->n; ++d) {
             if (!is_logp(line->logp[d])) {
                 throw Error(PF_ERR_ARGUMENT, "line logp[" + std::to_string(d) + "] is not a finite log-probability");
@@ -130,13 +127,9 @@ class Candidates {
             Row & row = rows_[d];
             row.n_rank = d < n_depth ? n_rank : 0;
             row.logp = row.n_rank > 0 ? logp + static_cast<size_t>(d) * n_rank : nullptr;
-            row.line_rank = -1;
-            for (int32_t r = 0; d < n_line && r < row.n_rank; ++r) {
-                if (id(d, r) == line->token[d]) {
-                    row.line_rank = r;
-                    break;
-                }
-            }
+            row.line_rank = d < n_line && row.n_rank > 0
+                                ? rank_of(line->token[d], ids + static_cast<size_t>(d) * n_rank, n_rank)
+                                : -1;
             if (calibration && row.n_rank > 0) {
                 const double logp0 = std::min(0.0, static_cast<double>(row.logp[0]));
                 row.p0 = std::exp(logp0);
@@ -160,7 +153,6 @@ class Candidates {
         out.parent_score = parent ? parent->score : 0;
         out.deviations = parent ? parent->deviations + (parent->rank != 0) : 0;
         out.below_line = out.line_follows = (parent ? parent->on_line : true) && line_ && out.depth <= line_->n;
-        out.parent_on_path = parent ? parent->parent_on_path && parent->first : true;
         out.path = parent ? parent->path : Path{};
         out.next_rank = 0;
         return settle(out);
@@ -231,9 +223,12 @@ void number(const Candidate * pool, const uint8_t * taken, int32_t n_nodes, int3
     out.score[0] = 0;
     out.n_nodes = 1;
     for (const bool on_path : {true, false}) {
+        int32_t end = 0; // of the path: its next node is the first that was taken below it
         for (int32_t i = 1; i < n_nodes; ++i) {
             const Candidate & node = pool[taken[i]];
-            if ((node.parent_on_path && node.first) != on_path) {
+            const bool extends = node.parent == end;
+            end = extends ? i : end;
+            if (extends != on_path) {
                 continue;
             }
             const int32_t n = numbers[i] = out.n_nodes++;
@@ -282,7 +277,6 @@ void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_
         return allowed(path, node.depth);
     };
     if (candidates.first_child(nullptr, 0, pool[0])) {
-        pool[0].first = true;
         push(static_cast<uint8_t>(n_pool++));
     }
     while (n_nodes <= budget && n_heap > 0) {
@@ -297,13 +291,11 @@ void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_
         taken[n_nodes] = slot;
         if (shape == PF_SHAPE_TREE) {
             pool[n_pool] = pool[slot];
-            pool[n_pool].first = false;
             if (candidates.next_sibling(pool[n_pool])) {
                 push(static_cast<uint8_t>(n_pool++));
             }
         }
         if (candidates.first_child(&pool[slot], n_nodes, pool[n_pool])) {
-            pool[n_pool].first = true;
             push(static_cast<uint8_t>(n_pool++));
         }
         ++n_nodes;

@@ -35,6 +35,12 @@ inline int32_t calibration_bin(double probability, int32_t n_bins) {
     return std::clamp(static_cast<int32_t>(probability * n_bins), 0, n_bins - 1);
 }
 
+// Of a token among the n_rank choices of a depth; -1: it is none of them.
+inline int32_t rank_of(int32_t token, const int32_t * ids, int32_t n_rank) {
+    const int32_t * found = std::find(ids, ids + n_rank, token);
+    return found == ids + n_rank ? -1 : static_cast<int32_t>(found - ids);
+}
+
 // See pf_tree_build. Allocates nothing; the same input gives the same tree. ids in a row are taken to be distinct.
 // line may be null; an empty `allowed` allows everything.
 void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
