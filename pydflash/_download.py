@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 from pydflash.errors import HubError
 
@@ -182,7 +181,7 @@ def _receive(url: str, headers: dict[str, str], out: Any, file: RemoteFile, mete
             with tools.get_session().stream(
                 "GET", url, headers=asked, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT, follow_redirects=True
             ) as response:
-                if n_done and (response.status_code == 416 or not _goes_on(response, n_done)):
+                if n_done and not _goes_on(response, n_done):
                     restart()
                 if response.status_code != 416:
                     tools.hf_raise_for_status(response)
@@ -217,21 +216,16 @@ def _receive(url: str, headers: dict[str, str], out: Any, file: RemoteFile, mete
 
 
 def _goes_on(response: Any, n_done: int) -> bool:
-    """Whether an answer to a request for the rest begins where it should; errors are not judged here."""
+    """Whether an answer to a request for the rest begins where it should; other errors are not judged here."""
     if response.status_code == 206:
         return str(response.headers.get("Content-Range", "")).startswith(f"bytes {n_done}-")
-    return bool(response.status_code != 200)
+    return response.status_code not in (200, 416)
 
 
 def _digest(file: RemoteFile) -> Any:
     if len(file.digest) == 64:
         return hashlib.sha256()
     return hashlib.sha1(f"blob {file.size}\0".encode(), usedforsecurity=False)
-
-
-def file_url(endpoint: str, repo: str, commit: str, name: str) -> str:
-    """Where the hub serves a file."""
-    return f"{endpoint}/{repo}/resolve/{quote(commit, safe='')}/{quote(name)}"
 
 
 def disk_sentence(error: OSError, folder: Path) -> HubError:

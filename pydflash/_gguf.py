@@ -7,7 +7,6 @@ import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import Any
 
 from pydflash._lib import c_path, check, ffi, lib
@@ -48,9 +47,7 @@ class Gguf:
     def __enter__(self) -> Gguf:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def __contains__(self, key: str) -> bool:
@@ -68,10 +65,8 @@ class Gguf:
         """A string."""
         if key not in self:
             return None
-        out, size = ffi.new("const char **"), ffi.new("uint64_t *")
-        check(lib.pf_gguf_get_string(self._handle, key.encode(), out, size), path=self.path)
         try:
-            return bytes(ffi.buffer(out[0], size[0])).decode()
+            return self._string(key).decode()
         except UnicodeDecodeError as error:
             raise self._malformed(key, f"is not UTF-8 ({error})") from None
 
@@ -99,12 +94,7 @@ class Gguf:
 
     def data_start(self) -> int | None:
         """Where in the file the first tensor's data begins; None when there is no tensor."""
-        info = ffi.new("pf_tensor_info *")
-        starts = []
-        for i in range(lib.pf_gguf_n_tensors(self._handle)):
-            check(lib.pf_gguf_tensor(self._handle, i, info), path=self.path)
-            starts.append(int(info.offset))
-        return min(starts, default=None)
+        return min((tensor.offset for tensor in self.tensors()), default=None)
 
     def types(self, key: str) -> tuple[int, int | None]:
         """gguf's value type of a key, and of its elements if it is an array."""
@@ -129,9 +119,7 @@ class Gguf:
         number (None: no array). Bytes that are not UTF-8 come as \\xff."""
         kind, element = self.types(key)
         if kind == _STRING:
-            out, size = ffi.new("const char **"), ffi.new("uint64_t *")
-            check(lib.pf_gguf_get_string(self._handle, key.encode(), out, size), path=self.path)
-            return bytes(ffi.buffer(out[0], size[0])).decode("utf-8", "backslashreplace"), None
+            return self._string(key).decode("utf-8", "backslashreplace"), None
         if kind != _ARRAY:
             return self.get(key), None
         if element != _STRING:
@@ -148,6 +136,11 @@ class Gguf:
                 ffi.string(text).decode("utf-8", "replace") for text in (out.name, lib.pf_type_name(out.type))
             )
             yield TensorInfo(name, kind, tuple(out.ne), int(out.offset), int(out.size))
+
+    def _string(self, key: str) -> bytes:
+        out, size = ffi.new("const char **"), ffi.new("uint64_t *")
+        check(lib.pf_gguf_get_string(self._handle, key.encode(), out, size), path=self.path)
+        return bytes(ffi.buffer(out[0], size[0]))
 
     def _strings(self, key: str, most: int | None = None) -> tuple[list[bytes], int]:
         """The first strings of an array, and the number of all."""

@@ -124,7 +124,7 @@ def read_documents(path: str | os.PathLike[str]) -> Documents:
         raise _unreadable(path, error) from None
     documents = Documents()
     if not is_folder:
-        documents.append(_read_file(root, root.name))
+        documents.append(_read_file(root, _printable(root.name)))
         return documents
     n_left = MAX_TEXT
     for file, name in _walk(root, documents.skipped):
@@ -138,17 +138,15 @@ def read_documents(path: str | os.PathLike[str]) -> Documents:
         documents.append(document)
         n_left -= len(document.text)
         if n_left < 0:
-            raise DocumentError(
-                f"{root} holds over {MAX_TEXT:,} characters of text, more than any context; give a smaller folder",
-                reason="large",
-                path=root,
+            raise _refused(
+                root,
+                "large",
+                f"holds over {MAX_TEXT:,} characters of text, more than any context; give a smaller folder",
             )
     if not documents:
         left_out = ", ".join(f"{n} {reason}" for reason, n in documents.skipped.items())
-        raise DocumentError(
-            f"{root} has no file in it that can be read{f' (left out: {left_out})' if left_out else ''}",
-            reason="empty",
-            path=root,
+        raise _refused(
+            root, "empty", f"has no file in it that can be read{f' (left out: {left_out})' if left_out else ''}"
         )
     return documents
 
@@ -208,9 +206,7 @@ def _walk(root: Path, skipped: Counter[str]) -> Iterator[tuple[Path, str]]:
                 continue
             n_files += 1
             if n_files > MAX_FILES:
-                raise DocumentError(
-                    f"{root} has over {MAX_FILES:,} files in it; give a smaller folder", reason="large", path=root
-                )
+                raise _refused(root, "large", f"has over {MAX_FILES:,} files in it; give a smaller folder")
             yield path, document
         folders.extend(reversed(inner))
 
@@ -228,7 +224,6 @@ def _is_ignored(parts: tuple[str, ...], is_folder: bool, ignores: tuple[tuple[in
 
 def _read_file(path: Path, name: str) -> Document:
     start = _read_bytes(path, 1024, only_start=True)
-    name = _printable(name)
     if start.startswith(b"%PDF-") or (path.suffix.lower() == ".pdf" and b"%PDF-" in start):
         return _read_pdf(path, name)
     if path.suffix.lower() == ".pdf":
@@ -282,10 +277,9 @@ def _program(program: str, arguments: list[str], path: Path, **streams: Any) -> 
             **streams,
         )
     except OSError as error:
-        raise DocumentError(
-            f"{path} cannot be read, since {sys.executable or 'Python'} cannot be started: {error.strerror}",
-            reason="unreadable",
-            path=path,
+        python = sys.executable or "Python"
+        raise _refused(
+            path, "unreadable", f"cannot be read, since {python} cannot be started: {error.strerror}"
         ) from None
     if done.returncode:
         raise _refused(path, "damaged", "cannot be read: it takes too much time or memory")

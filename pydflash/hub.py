@@ -25,7 +25,6 @@ from pydflash._download import (
     Stopped,
     disk_sentence,
     fetch,
-    file_url,
     http_error,
     hub_tools,
     n_missing,
@@ -136,7 +135,7 @@ def _named(name: str, revision: str | None) -> tuple[Source | Path, Source | Pat
         if revision is not None:
             target, draft = replace(target, revision=revision), replace(draft, revision=revision)
         return target, draft
-    if "/" not in name and not Path(name).exists():
+    if "/" not in name and not os.path.exists(name):
         advice = nearest(short.lower(), KNOWN) or (
             f": known are {', '.join(KNOWN)}; any other is named by its repository, owner/repo, or by its path"
         )
@@ -147,11 +146,8 @@ def _named(name: str, revision: str | None) -> tuple[Source | Path, Source | Pat
 def _one(name: str, revision: str | None) -> Source | Path:
     """A repository, or a path that exists."""
     path = Path(name).expanduser()
-    try:
-        if path.exists():
-            return path
-    except (OSError, ValueError):
-        pass
+    if os.path.exists(path):
+        return path
     found = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:@([^:\s]+))?(?::([^\s]+))?", name)
     if name.startswith(("/", "./", "../", "~")):
         raise HubError(f"{name} does not exist", reason="missing", path=name)
@@ -232,7 +228,7 @@ class _Hub:
 
     def download(self, wanted: list[_Found], progress: Callable[[Download], object] | None) -> None:
         """Fetches all of it, after a look at how much room there is."""
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, hf_hub_url
 
         missing = sum(n_missing(_blobs(found), file) for found in wanted for file in found.files)
         if missing:
@@ -243,20 +239,17 @@ class _Hub:
             for file in found.files:
                 with _explained(replace(found.source, file=file.name), self.endpoint):
                     headers = hub_tools().build_hf_headers(token=self.token, library_name="pydflash")
-                    url = file_url(self.endpoint, repo, found.commit, file.name)
-                    try:
-                        fetch(url, headers, _blobs(found), file, meter)
-                        # It finds the blob, and lays out the rest of the cache.
-                        hf_hub_download(
-                            repo,
-                            file.name,
-                            revision=found.source.revision,
-                            token=self.token,
-                            endpoint=self.endpoint,
-                            cache_dir=self.cache,
-                        )
-                    except PermissionError as error:
-                        raise disk_sentence(error, self.cache) from None
+                    url = hf_hub_url(repo, file.name, revision=found.commit, endpoint=self.endpoint)
+                    fetch(url, headers, _blobs(found), file, meter)
+                    # It finds the blob, and lays out the rest of the cache.
+                    hf_hub_download(
+                        repo,
+                        file.name,
+                        revision=found.source.revision,
+                        token=self.token,
+                        endpoint=self.endpoint,
+                        cache_dir=self.cache,
+                    )
 
     def _check_space(self, missing: int) -> None:
         folder = self.cache
@@ -366,8 +359,6 @@ def _explained(source: Source, endpoint: str) -> Iterator[None]:
     repo, login = source.repo, "log in with 'hf auth login', or pass a token"
     try:
         yield
-    except HubError:
-        raise
     except errors.GatedRepoError:
         raise HubError(
             f"{repo} is gated: accept its conditions at {endpoint}/{repo}, then {login}", reason="gated"

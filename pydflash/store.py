@@ -21,7 +21,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pydflash import _container
@@ -158,9 +157,7 @@ class SavedSession:
     def __enter__(self) -> SavedSession:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def read_snapshots(self) -> Iterator[Snapshot]:

@@ -133,7 +133,7 @@ class CallReader:
             kind, _, key = tag.partition("=")
             if kind != "parameter" or not key.strip():
                 raise _MalformedError
-            arguments.hold(f"{comma}{_quoted(key.strip())}: ")
+            arguments.hold(f"{comma}{_dumped(key.strip())}: ")
             comma = ", "
             types = _types(parameters.get("properties", {}).get(key.strip()), parameters)
             if types <= {"string"}:
@@ -193,7 +193,7 @@ class _Writer:
 
     def say(self, char: str) -> None:
         """A character of an open string."""
-        self._pieces.append(char if char >= " " and char not in '"\\' else _quoted(char)[1:-1])
+        self._pieces.append(char if char >= " " and char not in '"\\' else _dumped(char)[1:-1])
 
     def open(self, bracket: str) -> None:
         self.write(bracket)
@@ -324,10 +324,6 @@ def _value(out: _Raw | _Writer) -> _Reader[None]:
             held = held[1:]
         if held in ends:
             return
-
-
-def _quoted(text: str) -> str:
-    return json.dumps(text, ensure_ascii=False)
 
 
 def _dumped(value: Any) -> str:

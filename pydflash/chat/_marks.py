@@ -44,7 +44,7 @@ _FORMAT = frozenset(
 class Marks:
     """Stand-ins for one vocabulary and one template.
 
-    specials: spellings of the special tokens, longest first. Those of letters, digits and white space alone have no
+    specials: spellings of the special tokens. Those of letters, digits and white space alone have no
         character to be known by, and are left out of `known`.
     """
 

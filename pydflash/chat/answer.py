@@ -28,9 +28,6 @@ class AnswerDelta:
     content: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        return bool(self.reasoning or self.content or self.tool_calls)
-
     def __add__(self, other: AnswerDelta) -> AnswerDelta:
         return AnswerDelta(
             self.reasoning + other.reasoning, self.content + other.content, self.tool_calls + other.tool_calls

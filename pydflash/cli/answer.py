@@ -29,7 +29,7 @@ class AnswerWriter:
         self._origins = _Origins(tokenizer) if drafted and tokenizer is not None else None
         self._streams = {"answer": _Stream(sys.stdout), "thinking": _Stream(sys.stderr)}
         self._part = ""
-        self._calls: list[ToolCall] = []  # put together from deltas, in the order of their index
+        self._calls: list[ToolCall] = []  # whole, once the answer has ended
 
     def push(self, chunk: pydflash.Chunk) -> None:
         """Shows what a chunk adds."""
@@ -37,8 +37,8 @@ class AnswerWriter:
             self._origins.push(chunk.ids)
         self._write("thinking", chunk.reasoning)
         self._write("answer", chunk.content)
-        for delta in chunk.tool_calls:
-            self._call(delta)
+        if chunk.result is not None:
+            self._calls = chunk.result.tool_calls
 
     def finish(self) -> None:
         """Ends the line, and shows the tools that are called."""
@@ -46,15 +46,6 @@ class AnswerWriter:
         for call in self._calls:
             function = call["function"]
             print(visible(f"calls {function['name']}({function['arguments']})"), file=sys.stderr, flush=True)
-
-    def _call(self, delta: ToolCall) -> None:
-        """OpenAI's deltas: the first has the name, the others more of the arguments."""
-        index = delta.get("index", 0)
-        while len(self._calls) <= index:
-            self._calls.append({"function": {"name": "", "arguments": ""}})
-        function = self._calls[index]["function"]
-        for name in ("name", "arguments"):
-            function[name] += delta.get("function", {}).get(name) or ""
 
     def _write(self, part: str, text: str) -> None:
         if not text:

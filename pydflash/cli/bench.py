@@ -31,7 +31,7 @@ N_CTX = 2048  # by default: the prompts are short
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     common.add_models(parser)
-    common.add_session(parser)
+    common.add_session(parser, n_ctx=str(N_CTX))
     group = parser.add_argument_group("measuring")
     group.add_argument(
         "--budgets", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="of the trees (default: 8 16 32)"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,11 @@ from pydflash.errors import ArgumentError, HubError, ModelFileError
 if TYPE_CHECKING:
     import pydflash
 
-DEFAULTS: dict[str, Any] = {  # Session's own
-    "n_ctx": None,
-    "kv_type": "auto",
-    "budget": 16,
-    "chain": False,
-    "copying": True,
-    "device": "auto",
-    "n_batch": 512,
-    "n_ring": 4096,
-    "n_threads": None,
-    "cache_dir": None,
-    "cache_size": "16GiB",
-}
-BUDGET = DEFAULTS["budget"]
+# What `Session` takes of it. None: not given, so that whatever opens the session has its own default.
+SESSION_OPTIONS = (
+    *("n_ctx", "kv_type", "budget", "chain", "copying", "device", "n_batch", "n_ring", "n_threads"),
+    *("cache_dir", "cache_size"),
+)
 
 
 def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
@@ -40,24 +32,20 @@ def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> No
     group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a GGUF, or a folder as z-lab lays it out")
 
 
-def add_session(parser: argparse.ArgumentParser, *, runs: bool = True) -> None:
-    """Where a session runs and what it sets memory aside for; runs: a plan has no threads."""
+def add_session(parser: argparse.ArgumentParser, *, runs: bool = True, n_ctx: str = "the largest that fits") -> None:
+    """Where a session runs and what it sets memory aside for; runs: a plan has no threads. n_ctx: its default, in
+    words."""
     group = parser.add_argument_group("session")
-    group.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda"), help="auto (default) is cuda where that can be had"
-    )
-    group.add_argument("--n-ctx", type=int, metavar="N", help="context in tokens (default: the largest that fits)")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), help="auto (default) is cuda where that can be had")
+    group.add_argument("--n-ctx", type=int, metavar="N", help=f"context in tokens (default: {n_ctx})")
     group.add_argument(
         "--kv-type",
-        default="auto",
         metavar="TYPE",
         help="f32, f16, q8_0 or q4_0, a pair for K and V: q8_0,q4_0, or auto (default): the first of f16, q8_0 and "
         "q4_0 that fits",
     )
-    group.add_argument("--n-batch", type=int, default=512, metavar="N", help="prefill chunk in tokens (default: 512)")
-    group.add_argument(
-        "--n-ring", type=int, default=4096, metavar="N", help="positions the drafter sees (default: 4096)"
-    )
+    group.add_argument("--n-batch", type=int, metavar="N", help="prefill chunk in tokens (default: 512)")
+    group.add_argument("--n-ring", type=int, metavar="N", help="positions the drafter sees (default: 4096)")
     if runs:
         group.add_argument("--n-threads", type=int, metavar="N", help="of the CPU (default: one for each core)")
 
@@ -99,14 +87,13 @@ def add_thinking(parser: argparse._ArgumentGroup) -> None:
 def add_drafting(parser: argparse.ArgumentParser) -> None:
     """How a session drafts; `check_drafting` belongs to it."""
     group = parser.add_argument_group("drafting")
-    group.add_argument(
-        "--budget", type=int, metavar="N", help=f"tree nodes besides the root, 0 to 63 (default: {BUDGET})"
-    )
-    group.add_argument("--chain", action="store_true", help="draft one line of tokens instead of a tree")
+    group.add_argument("--budget", type=int, metavar="N", help="tree nodes besides the root, 0 to 63 (default: 16)")
+    group.add_argument("--chain", action="store_true", default=None, help="draft one line of tokens instead of a tree")
     group.add_argument(
         "--no-copying",
         dest="copying",
         action="store_false",
+        default=None,
         help="draft nothing from what stood in the text before",
     )
     group.add_argument("--no-draft", action="store_true", help="decode plainly; the drafter is not opened")
@@ -155,19 +142,15 @@ def _bias(text: str) -> tuple[int, float]:
 
 _bias.__name__ = "ID=B"  # argparse names the type in its refusal
 
-_SETTINGS = (
-    *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "presence_penalty", "frequency_penalty"),
-    *("seed", "stop", "ignore_eos", "logprobs"),
-)
-
 
 def sampling(options: argparse.Namespace) -> pydflash.Sampling:
     """The settings of a run, checked; what was not given is as `Sampling` has it."""
     from pydflash import Sampling
 
-    given: dict[str, Any] = {name: getattr(options, name, None) for name in _SETTINGS}
+    given: dict[str, Any] = {item.name: getattr(options, item.name, None) for item in fields(Sampling)}
     given["logit_bias"] = dict(options.logit_bias) if options.logit_bias else None
-    return Sampling(max_tokens=options.n_gen, **{name: x for name, x in given.items() if x is not None})
+    given = {name: x for name, x in given.items() if x is not None}
+    return Sampling(**given | {"max_tokens": options.n_gen})
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:
@@ -199,7 +182,7 @@ def find_models(target: str, draft: str | None) -> tuple[str, str | None]:
     """Target and drafter as paths. What is no file may be the name of something that `pydflash pull` has got."""
 
     def is_path(name: str) -> bool:
-        return name.endswith(".gguf") or os.path.exists(name)
+        return os.path.exists(name) or (name.endswith(".gguf") and ":" not in name)
 
     if is_path(target) and (draft is None or is_path(draft) or "/" not in draft):
         return target, draft
@@ -224,6 +207,17 @@ def _read(path: str) -> str:
         raise ModelFileError(f"{path} is not UTF-8", path=path) from None
 
 
+def given(options: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options that the command line has."""
+    from pydflash.options import kv_type_of
+
+    found: dict[str, Any] = {name: getattr(options, name, None) for name in names}
+    found = {name: value for name, value in found.items() if value is not None}
+    if "kv_type" in found:
+        found["kv_type"] = kv_type_of(found["kv_type"])
+    return found
+
+
 def open_session(
     options: argparse.Namespace, *, load: str | None = None, budget: int | None = None
 ) -> pydflash.Session:
@@ -232,7 +226,6 @@ def open_session(
     load: what a session has saved, to go on with; the settings that the command line leaves open are the file's then.
     """
     from pydflash import Session, models
-    from pydflash.options import kv_type_of
 
     target, draft = options.target, options.draft
     plain = getattr(options, "no_draft", False)
@@ -240,13 +233,9 @@ def open_session(
         target, draft = find_models(target, draft)
     elif plain and load is None:
         target = models.target_path()
-    given: dict[str, Any] = {name: getattr(options, name, None) for name in DEFAULTS}
-    given["budget"] = options.budget if budget is None else budget
-    given["kv_type"] = kv_type_of(options.kv_type)
-    if load is None:
-        filled: dict[str, Any] = {
-            name: default if given[name] is None else given[name] for name, default in DEFAULTS.items()
-        }
-        return Session(target, None if plain else draft, **filled)
-    changed = {name: value for name, value in given.items() if value is not None and value != DEFAULTS[name]}
-    return Session.load(load, target, None if plain else draft, **changed)
+    if plain:
+        draft = None
+    settings = given(options, SESSION_OPTIONS)
+    if budget is not None:
+        settings["budget"] = budget
+    return Session(target, draft, **settings) if load is None else Session.load(load, target, draft, **settings)

@@ -21,13 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     common.add_models(parser, required=True)
     common.add_session(parser, runs=False)
-    parser.add_argument(
-        "--budget",
-        type=int,
-        default=common.BUDGET,
-        metavar="N",
-        help=f"tree nodes besides the root (default: {common.BUDGET})",
-    )
+    parser.add_argument("--budget", type=int, metavar="N", help="tree nodes besides the root (default: 16)")
     parser.add_argument(
         "--vram", metavar="SIZE", help="memory to fit into, as 24GiB; --device auto then is a CUDA card (default: what "
         "is free here)"
@@ -37,21 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints a plan."""
-    from pydflash.options import kv_type_of
     from pydflash.plan import plan
 
     target, draft = common.find_models(options.target, options.draft)
-    made = plan(
-        target,
-        draft,
-        n_ctx=options.n_ctx,
-        kv_type=kv_type_of(options.kv_type),
-        budget=options.budget,
-        n_batch=options.n_batch,
-        n_ring=options.n_ring,
-        device=options.device,
-        vram=options.vram,
-    )
+    settings = ("n_ctx", "kv_type", "budget", "n_batch", "n_ring", "device", "vram")
+    made = plan(target, draft, **common.given(options, settings))
     print(json.dumps(made.as_dict(), indent=1) if options.json else made, flush=True)
     if not made.fits:
         print(f"error: it does not fit into {made.free:,.1f} MiB", file=sys.stderr)

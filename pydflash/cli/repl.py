@@ -108,21 +108,16 @@ class Repl:
     def _ask(self, question: str) -> None:
         session = self._session
         writer = AnswerWriter(session.tokenizer, drafted=self._drafted)
-        result = None
-        with terminal.cancelling(session) as interrupted:
-            try:
-                with terminal.reading("reading", interrupted) as progress:
-                    chunks = session.stream_ask(question, self._sampling, thinking=self._thinking, progress=progress)
-                    chunk = next(chunks)
-                while True:
-                    writer.push(chunk)
-                    interrupted.repeat()
-                    if chunk.result is not None:
-                        result = chunk.result
-                        break
-                    chunk = next(chunks)
-            finally:
-                writer.finish()
+        try:
+            result = terminal.streamed(
+                session,
+                lambda progress: session.stream_ask(
+                    question, self._sampling, thinking=self._thinking, progress=progress
+                ),
+                writer.push,
+            )
+        finally:
+            writer.finish()
         self._last = result
         if result.finish_reason == "cancelled":
             if not self.lines.interactive:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,26 +116,23 @@ def generate(
 ) -> pydflash.Result:
     """The run; Ctrl-C ends it at its next step."""
     writer = AnswerWriter(session.tokenizer, drafted=options.show_drafted)
-    with terminal.cancelling(session) as interrupted:
-        with terminal.reading("reading", interrupted) as progress:
-            if options.chat:
-                system = [] if options.system is None else [{"role": "system", "content": options.system}]
-                read = [{"role": "user", "content": text} for text in documents]
-                session.messages = [*session.messages, *system, *read]
-                chunks = session.stream_ask(prompt, sampling, thinking=options.thinking, progress=progress, **settings)
-            else:
-                chunks = session.stream("".join((*documents, prompt)), sampling, progress=progress, **settings)
-            chunk = next(chunks)
-        while True:
-            if not options.json:
-                writer.push(chunk)
-            interrupted.repeat()
-            if chunk.result is not None:
-                break
-            chunk = next(chunks)
+
+    def begin(progress: Callable[[pydflash.Progress], None]) -> Iterator[pydflash.Chunk]:
+        if options.chat:
+            system = [] if options.system is None else [{"role": "system", "content": options.system}]
+            read = [{"role": "user", "content": text} for text in documents]
+            session.messages = [*session.messages, *system, *read]
+            return session.stream_ask(prompt, sampling, thinking=options.thinking, progress=progress, **settings)
+        given: str | list[int] = prompt
+        if documents:  # special tokens spelt in them are text
+            given = session.tokenize("".join(documents), parse_special=False)
+            given += session.tokenize(prompt, add_special=False)
+        return session.stream(given, sampling, progress=progress, **settings)
+
+    result = terminal.streamed(session, begin, (lambda _: None) if options.json else writer.push)
     if options.chat or sys.stdout.isatty():  # a file gets a prompt's continuation to the character
         writer.finish()
-    return chunk.result
+    return result
 
 
 def as_dict(result: pydflash.Result, tokenizer: Tokenizer | None, *, chat: bool) -> dict[str, Any]:
@@ -171,8 +168,9 @@ def as_dict(result: pydflash.Result, tokenizer: Tokenizer | None, *, chat: bool)
 
 
 def _text(tokenizer: Tokenizer | None, token_id: int) -> str | None:
-    known = tokenizer is not None and token_id < tokenizer.n_vocab  # a target may have more rows than its vocabulary
-    return tokenizer.decode([token_id]) if tokenizer is not None and known else None
+    if tokenizer is None or token_id >= tokenizer.n_vocab:  # a target may have more rows than its vocabulary
+        return None
+    return tokenizer.decode([token_id])
 
 
 def figures(result: pydflash.Result, temperature: float) -> str:

@@ -149,6 +149,24 @@ def cancelling(session: pydflash.Session) -> Iterator[Cancelling]:
         signal.signal(signal.SIGINT, previous)
 
 
+def streamed(
+    session: pydflash.Session,
+    begin: Callable[[Callable[[Progress], None]], Iterator[pydflash.Chunk]],
+    show: Callable[[pydflash.Chunk], None],
+) -> pydflash.Result:
+    """A run: begin(progress) gives its chunks, each is shown; Ctrl-C ends it at its next step."""
+    with cancelling(session) as interrupted:
+        with reading("reading", interrupted) as progress:
+            chunks = begin(progress)
+            chunk = next(chunks)
+        while True:
+            show(chunk)
+            interrupted.repeat()
+            if chunk.result is not None:
+                return chunk.result
+            chunk = next(chunks)
+
+
 @contextmanager
 def reading(label: str, interrupted: Cancelling) -> Iterator[Callable[[Progress], None]]:
     """Shows how far a prompt has been evaluated; for the `progress` of a session's calls."""
