@@ -15,8 +15,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.ggml_ops import Ggml
-from tests.test_attention import cache
+from tests.ggml_ops import Ggml, packed_cache
 
 HEADS = {"small": (64, 4, 2), "27B": (256, 24, 4)}  # d, query heads, KV heads
 TYPES = (Type.F16, Type.Q8_0, Type.Q4_0)
@@ -33,7 +32,7 @@ def measure(ggml: Ggml, heads: str, n: int, n_kv: int, rounds: int) -> dict[Type
         mask = graph.tensor(np.zeros((n, n_kv), np.float16))
         outs = []
         for kind in TYPES:
-            (k, _), (v, _) = (cache(graph, x, kind) for x in values)
+            (k, _), (v, _) = (packed_cache(graph, x, kind) for x in values)
             outs.append(graph.op("ggml_flash_attn_ext", q, k, v, mask, d**-0.5, 0.0, 0.0))
         runs = [graph.prepare(out) for out in outs]
         for _ in range(rounds):

@@ -26,7 +26,7 @@ import pydflash
 from pydflash._gguf import Gguf
 from pydflash._handles import draft_file
 from pydflash._lib import check, ffi, lib
-from pydflash.options import kv_type_of
+from pydflash.options import kv_type_of, kv_types
 
 Row = dict[str, Any]
 WAYS: dict[str, dict[str, Any]] = {
@@ -259,8 +259,7 @@ def sizes(a: argparse.Namespace) -> Iterator[Row]:
     tied = "output.weight" not in target
     head = target["token_embd.weight" if tied else "output.weight"][0]
     attention = [rows for name, (_, rows) in target.items() if name.endswith(".attn_k.weight")]
-    types = a.kv_type.split(",")
-    kinds = [int(lib.pf_type_from_name(types[i].encode())) for i in (0, -1)]
+    kinds = kv_types(kv_type_of(a.kv_type))
     n_recurrent = sum(name.endswith(".ssm_out.weight") for name in target)
     with Gguf(a.target) as file:
         state = 4 * (file.get_int("qwen35.ssm.inner_size") or 0) * (file.get_int("qwen35.ssm.state_size") or 0)

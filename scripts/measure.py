@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measure a pair on held-out prompts: tokens per target pass, speed, and where drafting changes the text.
 
-    python scripts/measure.py                      # the shipped pair; about 5 minutes on 2 quiet cores
+    python scripts/measure.py                      # the shipped pair; about 3 minutes on 2 quiet cores
     python scripts/measure.py --prompts 20 --json out.json
 
 Greedy, a fixed number of tokens from each prompt of tests/data/heldout_prompts.json, in rounds that interleave the
@@ -15,18 +15,17 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measuring import PARTS, PROMPTS, counted, parted, table
 from train.heldout import loops
 
 import pydflash
 
-PROMPTS = Path(__file__).parents[1] / "tests" / "data" / "heldout_prompts.json"
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"budget": 0},
     "chain": {"budget": 15, "chain": True},
@@ -36,7 +35,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "tree, 63 nodes": {"budget": 63},
 }
 DRAFTER_ALONE = ", the drafter alone"  # what runs again in a session that does not copy
-ALONE = ["chain", "tree, 16 nodes", "tree, 63 nodes"]
 KV_TYPES = ["f32", "f16", "q8_0", "q4_0"]
 
 
@@ -44,14 +42,13 @@ def acceptance(texts: list[str], n_tokens: int, open_session: Callable[..., pydf
     """Tokens per target pass and speed of every way, over all prompts."""
     runs: dict[str, list[pydflash.Result]] = {}
     # One session after the other: the threads of an idle one still look out for work for a while.
-    for copying, ways, suffix in ((True, list(WAYS), ""), (False, ALONE, DRAFTER_ALONE)):
+    alone = [way for way in WAYS if way != "plain"]
+    for copying, ways, suffix in ((True, [*WAYS], ""), (False, alone, DRAFTER_ALONE)):
         with open_session(kv_type="f16", copying=copying) as session:
-            for i, text in enumerate(texts):
-                print(f"\rprompt {i + 1} of {len(texts)} ", end="", file=sys.stderr, flush=True)
+            for text in counted("prompt", texts):
                 for way in ways:
                     found = session.generate(text, max_tokens=n_tokens, ignore_eos=True, **WAYS[way])
                     runs.setdefault(way + suffix, []).append(found)
-            print(file=sys.stderr)
     looping = [loops(result.ids) for result in runs["plain"]]
     out: dict[str, Any] = {"n_prompts": len(texts), "n_looping": sum(looping), "ways": {}}
     for way, results in runs.items():
@@ -73,7 +70,7 @@ def divergence(session: pydflash.Session, prompts: list[list[int]], n_tokens: in
     for prompt in prompts:
         plain = session.generate(prompt, budget=0, max_tokens=n_tokens, ignore_eos=True).ids
         tree = session.generate(prompt, budget=16, max_tokens=n_tokens, ignore_eos=True).ids
-        at = next((i for i, (a, b) in enumerate(zip(plain, tree, strict=True)) if a != b), None)
+        at = parted(plain, tree)
         if at is not None:
             row = session.logits(prompt + plain[:at])[-1]
             margins.append(float(abs(row[plain[at]] - row[tree[at]])))
@@ -111,36 +108,45 @@ def markdown(out: dict[str, Any], n_tokens: int) -> str:
     """The tables of RESULTS.md."""
     acc = out["acceptance"]
     plain = acc["ways"]["plain"]["decode_tps"]
-    lines = [
-        f"{acc['n_prompts']} held-out prompts x {n_tokens} tokens, greedy, F16 KV cache; {acc['n_looping']} of the "
-        f"continuations loop and are counted apart. {platform.machine()}, Python {platform.python_version()}.",
-        "",
-        "| | tokens per target pass | not looping | looping | tokens/s | of plain "
-        "| draft, build, verify, accept, commit ms |",
-        "|-|-|-|-|-|-|-|",
-    ]
+    rows: list[list[object]] = []
     for way, row in acc["ways"].items():
         plain_text, looping = row["mean_accepted"], row["mean_accepted_looping"]
         # Every prompt gave as many tokens, so passes add up by prompts.
         parts = [(acc["n_prompts"] - acc["n_looping"], plain_text), (acc["n_looping"], looping)]
         everything = acc["n_prompts"] / sum(n / x for n, x in parts if x)
-        shown = " | ".join("-" if x is None else f"{x:.2f}" for x in (everything, plain_text, looping))
-        ms = ", ".join(f"{row['step_ms'][name]:.2f}" for name in ("draft", "build", "verify", "accept", "commit"))
+        shown = ["-" if x is None else f"{x:.2f}" for x in (everything, plain_text, looping)]
+        ms = ", ".join(f"{row['step_ms'][name]:.2f}" for name in PARTS)
         tps = row["decode_tps"]
-        lines.append(f"| {way} | {shown} | {tps:.0f} | {tps / plain:.2f} | {ms} |")
-    lines += [
-        "",
-        f"Where a tree of 16 nodes parts from plain decoding within {n_tokens} tokens, and by how much the target then "
-        "preferred one token to the other (logits):",
-        "",
-        "| KV cache | prompts that part | median margin | largest margin |",
-        "|-|-|-|-|",
-    ]
+        rows.append([way, *shown, f"{tps:.0f}", f"{tps / plain:.2f}", ms])
+    parting: list[list[object]] = []
     for kv_type, row in out["divergence"].items():
         margins = row["margins"]
-        shown = f"{np.median(margins):.4f} | {max(margins):.4f}" if margins else "- | -"
-        lines.append(f"| {kv_type} | {row['n_diverged']} of {row['n_prompts']} | {shown} |")
-    return "\n".join(lines)
+        shown = [f"{np.median(margins):.4f}", f"{max(margins):.4f}"] if margins else ["-", "-"]
+        parting.append([kv_type, f"{row['n_diverged']} of {row['n_prompts']}", *shown])
+    return "\n".join(
+        [
+            f"{acc['n_prompts']} held-out prompts x {n_tokens} tokens, greedy, F16 KV cache; {acc['n_looping']} of the "
+            f"continuations loop and are counted apart. {platform.machine()}, Python {platform.python_version()}.",
+            "",
+            table(
+                [
+                    "",
+                    "tokens per target pass",
+                    "not looping",
+                    "looping",
+                    "tokens/s",
+                    "of plain",
+                    f"{', '.join(PARTS)} ms",
+                ],
+                rows,
+            ),
+            "",
+            f"Where a tree of 16 nodes parts from plain decoding within {n_tokens} tokens, and by how much the target "
+            "then preferred one token to the other (logits):",
+            "",
+            table(["KV cache", "prompts that part", "median margin", "largest margin"], parting),
+        ]
+    )
 
 
 if __name__ == "__main__":

@@ -30,14 +30,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import BUDGET, ROOT, Timeline, counted, document, heldout, library, machine, table, write_csv
+from measuring import BUDGET, PROMPTS, ROOT, Timeline, counted, document, heldout, library, machine, table, write_csv
 from train.common import HELD_OUT
 from train.heldout import loops
 
 import pydflash
 from pydflash._lib import check, ffi, lib
 
-PROMPTS = ROOT / "tests" / "data" / "heldout_prompts.json"
 LICENCE = ROOT / "LICENSES" / "PSF-2.0.txt"
 N_BEGIN = 160  # tokens at most of a beginning that is quoted
 N_SEEN = 24  # tokens of a dictated text that the prompt shows

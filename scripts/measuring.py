@@ -26,6 +26,7 @@ from pydflash._lib import check, ffi, lib
 
 ROOT = Path(__file__).resolve().parents[1]
 Item = TypeVar("Item")
+PROMPTS = ROOT / "tests" / "data" / "heldout_prompts.json"
 BUDGET = 16  # nodes of the trees that are measured, Session's own default
 DRAFTED: dict[str, Any] = {"budget": BUDGET, "copying": False}  # what the drafter alone is worth
 PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in order
@@ -51,10 +52,6 @@ class Decoded:
     def per_pass(self) -> float:
         """Tokens per target pass."""
         return len(self.ids) / self.n_steps
-
-    @property
-    def ms_per_token(self) -> float:
-        return sum(self.seconds) * 1e3 / len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -185,6 +182,13 @@ def counted(what: str, items: Sequence[Item]) -> Iterator[Item]:
         print(f"\r{f'{what}: {i + 1} of {len(items)}{left}':<100}", end="", file=sys.stderr, flush=True)
         yield item
     print(file=sys.stderr)
+
+
+def drop_cache(path: Path) -> None:
+    """Asks the kernel to forget the file's pages; it does when nobody maps them."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def say(text: str) -> None:

@@ -11,7 +11,6 @@ one goes on with. Prints a table: seconds on the clock, and of processor time, w
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import tempfile
 import time
@@ -21,18 +20,12 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from measuring import document, machine, say, table
+from measuring import document, drop_cache, machine, say, table
 
 import pydflash
 
 QUESTION = "\n\nWhich function above opens a file, and what does it return when there is none?\n"
 N_SAID = 32
-
-
-def drop_pages(path: Path) -> None:
-    """The next read of the file comes from the disk."""
-    with path.open("rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def show(progress: pydflash.Progress) -> None:
@@ -66,11 +59,11 @@ def measure(path: Path, n_tokens: int, kv_type: str, n_threads: int | None) -> C
         with clock("save"):
             session.save(path)
         said = session.generate(None, max_tokens=N_SAID, ignore_eos=True).ids
-    drop_pages(path)
+    drop_cache(path)
     with clock("plain read from disk"), path.open("rb", buffering=0) as file:
         while file.read(4 << 20):
             pass
-    drop_pages(path)
+    drop_cache(path)
     with clock("reopen from disk"):
         reopened = pydflash.Session.load(path, **options)
     with reopened:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from measuring import Progress, Timeline
+from measuring import Progress, Timeline, drop_cache
 
 import pydflash
 from pydflash import Session
@@ -36,13 +36,6 @@ def status() -> dict[str, int]:
     fields = {"RssAnon": "anon", "RssFile": "file", "VmHWM": "peak"}
     lines = (line.split() for line in Path("/proc/self/status").read_text().splitlines())
     return {fields[name[:-1]]: int(rest[0]) << 10 for name, *rest in lines if name[:-1] in fields}
-
-
-def drop_cache(path: Path) -> None:
-    """Asks the kernel to forget the file's pages; it does when nobody maps them."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def progress(what: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import gguf
 import numpy as np
 
 NUMPY_TYPES = {0: np.dtype(np.float32), 1: np.dtype(np.float16), 26: np.dtype(np.int32)}  # by ggml_type
@@ -209,3 +210,14 @@ def assert_builder_aborts(script: str) -> None:
     )
     assert run.returncode == -signal.SIGABRT
     assert "ggml-tree.c" in run.stderr
+
+
+def packed_cache(graph: Graph, values: np.ndarray, kind: gguf.GGMLQuantizationType) -> tuple[int, np.ndarray]:
+    """values [n_kv, head_kv, d] as a session keeps them, a row for every token: the tensor that attention is shown, and
+    what it holds, [head_kv, n_kv, d]."""
+    n_kv, n_head_kv, d = values.shape
+    rows = gguf.quants.quantize(values.reshape(n_kv, n_head_kv * d), kind)
+    tensor = graph.packed(kind, rows, n_kv, n_head_kv * d)
+    strides = (rows.nbytes, rows[0].nbytes // n_head_kv, rows[0].nbytes)
+    shown = graph.view(tensor, (1, n_head_kv, n_kv, d), strides, 0)
+    return shown, gguf.quants.dequantize(rows, kind).reshape(values.shape).swapaxes(0, 1)

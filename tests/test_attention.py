@@ -6,12 +6,11 @@ passes go the way on which K and V are unpacked once for many queries: the other
 
 from __future__ import annotations
 
-import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 
-from tests.ggml_ops import Ggml, Graph
+from tests.ggml_ops import Ggml, packed_cache
 
 D, N_HEAD, N_HEAD_KV = 64, 4, 2
 TYPES = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0]
@@ -20,17 +19,6 @@ TYPES = [Type.F32, Type.F16, Type.Q8_0, Type.Q4_0]
 @pytest.fixture(scope="module")
 def ggml() -> Ggml:
     return Ggml()
-
-
-def cache(graph: Graph, values: np.ndarray, kind: Type) -> tuple[int, np.ndarray]:
-    """values [n_kv, head_kv, d] as a session keeps them, a row for every token: the tensor that attention is shown, and
-    what it holds, [head_kv, n_kv, d]."""
-    n_kv, n_head_kv, d = values.shape
-    rows = gguf.quants.quantize(values.reshape(n_kv, n_head_kv * d), kind)
-    tensor = graph.packed(kind, rows, n_kv, n_head_kv * d)
-    strides = (rows.nbytes, rows[0].nbytes // n_head_kv, rows[0].nbytes)
-    shown = graph.view(tensor, (1, n_head_kv, n_kv, d), strides, 0)
-    return shown, gguf.quants.dequantize(rows, kind).reshape(values.shape).swapaxes(0, 1)
 
 
 def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_open: np.ndarray) -> np.ndarray:
@@ -53,7 +41,7 @@ def test_many_queries_round_nothing_but_the_cache(ggml: Ggml, k_type: Type, v_ty
     mask = np.where(is_open, 0, -np.inf).astype(np.float16)
     with ggml.graph() as graph:
         values = rng.standard_normal((2, n_kv, N_HEAD_KV, D), np.float32)
-        (k, k_held), (v, v_held) = cache(graph, values[0], k_type), cache(graph, values[1], v_type)
+        (k, k_held), (v, v_held) = packed_cache(graph, values[0], k_type), packed_cache(graph, values[1], v_type)
         out = graph.op("ggml_flash_attn_ext", graph.tensor(q), k, v, graph.tensor(mask), D**-0.5, 0.0, 0.0)
         graph.compute(out, n_threads=2)
         found = graph.read(out, n, N_HEAD, D)

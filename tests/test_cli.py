@@ -45,7 +45,7 @@ def test_info_says_what_the_gguf_package_wrote(tmp_path: Path) -> None:
     for name, value in values.items():
         if isinstance(value, list):
             assert keys[name]["n"] == len(value)
-            assert keys[name]["value"] == pytest.approx(value[:8]) if name == "a.f32" else value[:8]
+            assert keys[name]["value"] == (pytest.approx(value[:8]) if name == "a.f32" else value[:8])
         else:
             assert keys[name]["value"] == value
             assert type(keys[name]["value"]) is type(value)

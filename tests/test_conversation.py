@@ -18,6 +18,7 @@ import pydflash
 from pydflash import Session
 from pydflash._timeline import Timeline
 from pydflash.constraint import Constraint
+from tests.chat_templates import user
 from tests.tiny_models import TinyTarget, byte_tokenizer, write_gguf
 
 # The byte tokenizer has no ChatML tokens of its own; a template of plain text does as well.
@@ -50,14 +51,7 @@ def session(chat_target: Path, tiny_draft: Path) -> Iterator[Session]:
         yield session
 
 
-@pytest.fixture
-def fresh(chat_target: Path, tiny_draft: Path) -> Iterator[Session]:
-    with opened(chat_target, tiny_draft) as session:
-        yield session
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
+fresh = session  # another one, to compare with
 
 
 # ---- what is held is not evaluated again ---------------------------------------------------------------------------

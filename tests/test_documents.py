@@ -352,6 +352,7 @@ def test_html_that_takes_forever_is_given_up(tmp_path: Path, monkeypatch: pytest
     code = documents.START.replace(
         "runpy.run", "import resource; resource.setrlimit(resource.RLIMIT_CPU, (1, 1)); runpy.run"
     )
+    assert code != documents.START
     monkeypatch.setattr(documents, "START", code)
     page = b"<a " * 40_000  # quadratic in the standard library of many a Python
     path = tmp_path / "a.html"
