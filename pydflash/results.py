@@ -25,6 +25,8 @@ class Stats:
     n_steps: int  # target passes after prefill
     mean_accepted: float  # tokens committed per target pass; 0 without a pass
     accepted_by_depth: list[float]  # [d - 1]: of the steps that offered depth d, the share that accepted it
+    offered_by_depth: list[int]  # [d - 1]: how many those steps are
+    n_drafted: int  # nodes that were verified besides the roots
     tree_used: float | None  # accepted share of the drafted nodes; None when none was drafted
     ms: dict[str, float]  # draft, build, verify, accept, commit: sums over all steps
     prefill_ms: float
@@ -190,6 +192,8 @@ class Tally:
             n_steps=self._n_steps,
             mean_accepted=n_generated / self._n_steps if self._n_steps else 0.0,
             accepted_by_depth=[r / o for r, o in zip(self._reached, self._offered, strict=True)],
+            offered_by_depth=list(self._offered),
+            n_drafted=self._n_drafted,
             tree_used=self._n_used / self._n_drafted if self._n_drafted else None,
             ms=dict(self._ms),
             prefill_ms=self._prefill_s * 1e3,

@@ -618,7 +618,8 @@ def test_tally() -> None:
     stats = result.stats
     assert (result.ids, result.text, result.finish_reason, result.seed) == ([1, 2, 3, 4, 5, 6], "abc", "stop", 7)
     assert stats.accepted_by_depth == [2 / 3, 1 / 2, 0.0, 0.0]
-    assert stats.tree_used == 3 / 24
+    assert stats.offered_by_depth == [3, 2, 1, 1]
+    assert (stats.n_drafted, stats.tree_used) == (24, 3 / 24)
     assert stats.mean_accepted == 2.0
     assert stats.ms == {"draft": 3.0, "build": 6.0, "verify": 9.0, "accept": 12.0, "commit": 1.5}
     assert (stats.prefill_tps, stats.prefill_ms, stats.decode_tps) == (20.0, 500.0, 12.0)
