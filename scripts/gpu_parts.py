@@ -24,9 +24,8 @@ from measuring import ROOT, Progress, Timeline, anonymous_mib, document, parted,
 
 import pydflash
 from pydflash._gguf import Gguf
-from pydflash._handles import draft_file
-from pydflash._lib import check, ffi, lib
-from pydflash.options import kv_type_of, kv_types
+from pydflash.options import kv_type_of
+from pydflash.speed import read_pair, step_bytes
 
 Row = dict[str, Any]
 WAYS: dict[str, dict[str, Any]] = {
@@ -191,6 +190,7 @@ def depths(a: argparse.Namespace) -> Iterator[Row]:
     yield from refused
     if session is None:
         return
+    pair = read_pair(a.target, a.draft)
     with session:
         reached = [depth for depth in wanted if depth + room <= session.n_ctx] or [session.n_ctx - room]
         timeline = Timeline(session)
@@ -208,11 +208,12 @@ def depths(a: argparse.Namespace) -> Iterator[Row]:
             for way, options in ways.items():
                 before = timeline.n_tokens
                 found = timeline.decode(n_gen, **options)
+                moved = step_bytes(pair, n_nodes=options["budget"] + 1, depth=before, kv_type=session.plan.kv_type)
                 yield {"depth": depth, "way": way, "n_prompt": before, "n_generated": len(found.ids),
                        "n_steps": found.n_steps, "first_ms": round((prefill + found.seconds[0]) * 1e3, 2),
                        "prefill_tps": round(slices[-1][0] / slices[-1][1], 2),
                        "step_ms": round(statistics.median(found.seconds) * 1e3, 4),
-                       "decode_tps": round(len(found.ids) / sum(found.seconds), 3),
+                       "decode_tps": round(len(found.ids) / sum(found.seconds), 3), "floor_bytes": moved.floor,
                        **{f"{part}_ms": round(statistics.median(ms), 4) for part, ms in found.ms.items()}}  # fmt: skip
 
 
@@ -255,35 +256,13 @@ def model_context(target: str) -> int:
 
 def sizes(a: argparse.Namespace) -> Iterator[Row]:
     """Bytes that a step must move: weights of a verify pass and of a draft, KV cache a token, recurrent state."""
-    target, draft = tensors(a.target), tensors(str(draft_file(a.draft)))
-    tied = "output.weight" not in target
-    head = target["token_embd.weight" if tied else "output.weight"][0]
-    attention = [rows for name, (_, rows) in target.items() if name.endswith(".attn_k.weight")]
-    kinds = kv_types(kv_type_of(a.kv_type))
-    n_recurrent = sum(name.endswith(".ssm_out.weight") for name in target)
-    with Gguf(a.target) as file:
-        state = 4 * (file.get_int("qwen35.ssm.inner_size") or 0) * (file.get_int("qwen35.ssm.state_size") or 0)
+    pair = read_pair(a.target, a.draft)
     yield {
-        "verify": sum(size for name, (size, _) in target.items() if tied or name != "token_embd.weight"),
-        "draft": sum(size for name, (size, _) in draft.items() if name != "token_embd.weight")
-        + (0 if "output.weight" in draft else head),
-        "kv_per_token": sum(int(lib.pf_row_size(kind, rows)) for rows in attention for kind in kinds),
-        "state": 3 * state * n_recurrent,  # read by the verify pass, read and written by the commit
+        "verify": pair.target.n_bytes + pair.head.n_bytes,
+        "draft": pair.drafter.n_bytes + pair.draft_head.n_bytes,
+        "kv_per_token": pair.kv_bytes(kv_type_of(a.kv_type)),
+        "state": 3 * pair.state,  # read by the verify pass, read and written by the commit
     }
-
-
-def tensors(path: str) -> dict[str, tuple[int, int]]:
-    """Bytes and output rows of each tensor of a GGUF; an MTP block behind the trunk is left out."""
-    with Gguf(path) as file:
-        trunk = (file.get_int("qwen35.block_count") or 0) - (file.get_int("qwen35.nextn_predict_layers") or 0)
-        found = {}
-        info = ffi.new("pf_tensor_info *")
-        for i in range(lib.pf_gguf_n_tensors(file._handle)):
-            check(lib.pf_gguf_tensor(file._handle, i, info))
-            name = ffi.string(info.name).decode()
-            if trunk <= 0 or not name.startswith("blk.") or int(name.split(".")[1]) < trunk:
-                found[name] = (int(info.size), int(info.ne[1]))
-        return found
 
 
 PARTS: dict[str, Callable[[argparse.Namespace], Iterator[Row]]] = {

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -36,13 +35,7 @@ from measuring import PARTS as STEP_PARTS
 from measuring import ROOT, fingerprint, machine, table, timed, write_csv
 
 from pydflash import models, options
-
-# GB/s of device memory, as the makers state them; of the names that fit a card's, the longest counts.
-BANDWIDTHS = {
-    "RTX 3090": 936, "RTX 3090 Ti": 1008, "RTX 4080": 717, "RTX 4080 SUPER": 736, "RTX 4090": 1008, "RTX 5080": 960,
-    "RTX 5090": 1792, "RTX A6000": 768, "RTX 6000 Ada": 960, "L4": 300, "L40S": 864, "A10": 600, "A100-SXM4-40GB": 1555,
-    "A100-SXM4-80GB": 2039, "A100-PCIE-40GB": 1555, "A100 80GB PCIe": 1935, "H100 PCIe": 2000, "H100 80GB HBM3": 3350,
-}  # fmt: skip
+from pydflash.cards import bandwidth_of
 
 
 @dataclass
@@ -60,12 +53,6 @@ class Report:
     def floor_ms(self, n_bytes: float) -> float | None:
         """How long so many bytes take at the device's bandwidth; None when that is not known."""
         return n_bytes / (self.bandwidth * 1e6) if self.bandwidth else None
-
-
-def bandwidth_of(name: str) -> float | None:
-    """GB/s of a card by its name, None when the table does not hold it."""
-    fitting = [known for known in BANDWIDTHS if re.search(rf"\b{re.escape(known)}\b", name)]
-    return float(BANDWIDTHS[max(fitting, key=len)]) if fitting else None
 
 
 # ---- running the parts -------------------------------------------------------------------------------------------
@@ -237,10 +224,7 @@ def show_breakdown(report: Report, rows: list[Row]) -> str:
     for row in rows:
         if "refused" in row:
             continue
-        floor = None
-        if found:
-            moved = found["verify"] + found["state"] + found["kv_per_token"] * row["depth"]
-            floor = report.floor_ms(moved + (found["draft"] if row["way"] != "plain" else 0))
+        floor = report.floor_ms(row["floor_bytes"])
         parts = [f"{row[f'{part}_ms']:.2f}" for part in STEP_PARTS]
         over = [f"{floor:.2f}", f"{row['step_ms'] / floor:.2f}"] if floor else ["unknown", "-"]
         body.append((f"{row['depth']:,}", row["way"], *parts, f"{row['step_ms']:.2f}", *over))
@@ -249,7 +233,8 @@ def show_breakdown(report: Report, rows: list[Row]) -> str:
         text += (
             f"\n\nMedians of the steps. The floor moves {found['verify'] / MIB:,.0f} MiB of target weights, "
             f"{found['state'] / MIB:,.1f} MiB of recurrent state, {found['kv_per_token']:,} bytes of KV cache for each "
-            f"token of depth and, when drafting, {found['draft'] / MIB:,.0f} MiB of drafter and head."
+            f"token of depth and, when drafting, {found['draft'] / MIB:,.0f} MiB of drafter and head; "
+            "then logits, masks and what the tree leaves for its commit."
         )
     return text
 

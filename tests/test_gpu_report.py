@@ -15,6 +15,7 @@ import pytest
 
 import pydflash
 from pydflash import models
+from pydflash.cards import bandwidth_of
 from tests.scripts import load_script
 from tests.tiny_models import TinyDraft
 
@@ -74,9 +75,9 @@ def test_the_whole_report(tmp_path: Path) -> None:
     shown = [line.split("|")[-3].strip() for line in run.section.splitlines() if line.startswith("| 64 | chain |")]
     tensors = {tensor.name: tensor.n_bytes for tensor in gguf.GGUFReader(models.target_path()).tensors}
     draft = (models.draft_path() / "model.safetensors").stat().st_size
-    # All of both models but the embedding, and the head once more for the drafter; then a little state and cache.
+    # All of both models but the embedding, and the head once more for the drafter; then state, cache and logits.
     weights = sum(tensors.values()) - tensors["token_embd.weight"] + tensors["output.weight"] + draft
-    assert float(shown[-1]) == pytest.approx(weights / 20e6, rel=0.05)
+    assert 1 < float(shown[-1]) / (weights / 20e6) < 1.2
 
 
 def test_a_part_that_fails_is_a_sentence(tmp_path: Path, tiny_target: Path) -> None:
@@ -144,6 +145,5 @@ def test_a_card_that_is_not_there(tmp_path: Path) -> None:
         ("AMD EPYC", None),
     ],
 )
-def test_bandwidth_of_a_name(name: str, expected: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(str(SCRIPT.parent))
-    assert load_script("scripts/gpu_report.py").bandwidth_of(name) == expected
+def test_bandwidth_of_a_name(name: str, expected: float | None) -> None:
+    assert bandwidth_of(name) == expected
