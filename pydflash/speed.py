@@ -16,6 +16,7 @@ import json
 import math
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,7 +84,7 @@ class Pair:
 
     def kv_bytes(self, kv_type: KvType) -> int:
         """K and V of one token in all layers."""
-        return self.n_attn * sum(_row_bytes(kind, self.kv_row) for kind in _kinds(kv_type))
+        return self.n_attn * sum(_row_bytes(name, self.kv_row) for name in _types(kv_type))
 
 
 def read_pair(target: PathLike, draft: PathLike | None = None) -> Pair:
@@ -170,15 +171,21 @@ def _layer(name: str) -> int:
     return int(name.split(".")[1]) if re.match(r"blk\.\d+\.", name) else -1
 
 
-def _kinds(kv_type: KvType) -> tuple[int, int]:
-    kinds = options.kv_types(kv_type)
-    if -1 in kinds:
+def _types(kv_type: KvType) -> tuple[str, str]:
+    """The names of K's and V's types."""
+    options.kv_types(kv_type)  # refuses what is none
+    if kv_type == "auto":
         raise ArgumentError("kv_type is auto; the bytes of a step hang on it, so it must be a type")
-    return kinds
+    return (kv_type, kv_type) if isinstance(kv_type, str) else kv_type
 
 
-def _row_bytes(kind: int, n_values: int) -> int:
-    return int(lib.pf_row_size(kind, n_values))
+def _row_bytes(name: str, n_values: int) -> int:
+    n_bytes = int(lib.pf_row_size(lib.pf_type_from_name(name.encode()), n_values))
+    if n_bytes < 0:
+        raise ArgumentError(
+            f"kv_type is {name}, into whose blocks this model's rows of {n_values} values do not divide"
+        )
+    return n_bytes
 
 
 # ---- what a step moves -------------------------------------------------------------------------------------------
@@ -217,12 +224,12 @@ def step_bytes(
     n_ring: as of the session. device: "cuda", or "cpu", which copies no caches.
     """
     rows = depth + n_nodes
-    kinds = _kinds(kv_type)
-    wide = _F32 if kinds[0] == options.kv_types("f32")[0] else _F16  # of the drafter's K and V
+    types = _types(kv_type)
+    wide = _F32 if types[0] == "f32" else _F16  # of the drafter's K and V
     drafts = pair.block > 0 and n_nodes > 1
     n_drafted = min(pair.block, n_nodes) - 1 if drafts else 0
     drafter = pair.drafter.n_bytes + pair.context.n_bytes + wide * pair.ring_row * (min(depth, n_ring) + pair.block)
-    copied = sum(_is_copied(kind, n_nodes) for kind in kinds) if device == "cuda" else 0
+    copied = sum(_is_copied(name, n_nodes) for name in types) if device == "cuda" else 0
     logits = 2 * _F32 * pair.n_vocab * (n_nodes + n_drafted)  # written, and read for what is likeliest
     mask = _F16 * rows * n_nodes * (1 + pair.n_attn)  # written once, read by every layer
     return StepBytes(
@@ -236,9 +243,8 @@ def step_bytes(
     )
 
 
-def _is_copied(kind: int, n_nodes: int) -> bool:
+def _is_copied(name: str, n_nodes: int) -> bool:
     """Whether CUDA's attention makes an f16 copy of a cache: it answers a single query from what is quantised."""
-    name = options.KV_TYPES[[options.kv_types(known)[0] for known in options.KV_TYPES].index(kind)]
     return name == "f32" or (name != "f16" and n_nodes > 1)
 
 
@@ -292,21 +298,26 @@ SHIPPED = Acceptance(
 
 
 def read_acceptance(text: str) -> Acceptance:
-    """A number of tokens a step, for every budget, or a file with what `pydflash bench --json` has printed. Raises
-    ArgumentError."""
+    """A number of tokens a step, for every budget, or a file that `pydflash bench --json` has written, of which the
+    greedy runs count. Raises ArgumentError."""
     if re.fullmatch(r"\d+(\.\d*)?", text):
         accepted = options.number("accepted", float(text), 1, MOST_NODES + 1)
         return Acceptance("as given", {1: accepted}, accepted)
+    tokens: Counter[str] = Counter()
+    steps: Counter[str] = Counter()
     try:
-        ways = json.loads(Path(text).read_text(encoding="utf-8"))["ways"]
-        found = {name: float(way["tokens_per_pass"]) for name, way in ways.items()}
+        for run in json.loads(Path(text).read_text(encoding="utf-8"))["runs"]:
+            if run["temperature"] == 0:
+                tokens[run["arm"]] += run["n_tokens"]
+                steps[run["arm"]] += run["n_steps"]
     except OSError as error:
         raise ArgumentError(f"accepted is {text!r}, no number and no file to read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError):
         raise ArgumentError(f"accepted is {text!r}, a file that 'pydflash bench --json' has not written") from None
-    tree = {int(m[1]): value for name, value in found.items() if (m := re.fullmatch(r"tree of (\d+)", name))}
+    found = {arm: tokens[arm] / n for arm, n in steps.items() if n}
+    tree = {int(arm.split()[1]): each for arm, each in found.items() if re.fullmatch(r"tree \d+", arm)}
     if not tree:
-        raise ArgumentError(f"accepted is {text!r}, in which no tree was measured")
+        raise ArgumentError(f"accepted is {text!r}, in which no tree was measured greedily")
     return Acceptance(f"measured, {text}", tree, found.get("chain", tree[min(tree)]))
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 import pydflash
 from pydflash import models
+from pydflash.bench.figures import Run
 from pydflash.cards import CARDS, bandwidth_of, find_card
 from pydflash.plan import plan
 from pydflash.speed import SHIPPED, WAYS, Pair, predict, read_acceptance, read_pair, step_bytes, step_ops
@@ -132,6 +134,21 @@ def test_accepted_lies_between_the_known(budget: int) -> None:
     assert SHIPPED.tree.get(low, 1.0) <= SHIPPED.at(budget) <= SHIPPED.tree[high]
     assert SHIPPED.at(0) == 1
     assert read_acceptance("6.5").at(budget) == read_acceptance("6.5").at(15, True) == 6.5
+
+
+def test_accepted_by_the_benchmark(tmp_path: Path) -> None:
+    """As it writes its runs: all greedy ones of an arm together."""
+    rows = [("tree 8", 40, 10, 0.0), ("tree 8", 20, 10, 0.0), ("tree 32", 50, 10, 0.0), ("chain", 25, 10, 0.0),
+            ("tree 8", 900, 1, 0.7), ("plain", 9, 9, 0.0)]  # fmt: skip
+    runs = [Run(arm, "code", 0, 0, n, 1.0, n_steps=steps, temperature=t) for arm, n, steps, t in rows]
+    file = tmp_path / "bench.json"
+    file.write_text(json.dumps({"runs": [asdict(run) for run in runs]}))
+    found = read_acceptance(str(file))
+    assert (found.at(0), found.at(8), found.at(32), found.at(63), found.at(15, True)) == (1, 3, 5, 5, 2.5)
+    assert 3 < found.at(16) < 5
+    file.write_text(json.dumps({"runs": []}))
+    with pytest.raises(pydflash.ArgumentError, match="no tree was measured"):
+        read_acceptance(str(file))
 
 
 def test_the_shipped_curve_is_what_the_pair_does() -> None:
