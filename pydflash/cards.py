@@ -83,7 +83,8 @@ class Published(NamedTuple):
     """A speed that somebody else measured, with somebody else's program.
 
     budget: tree nodes besides the root, 0 for plain decoding. accepted: tokens a step.
-    depth: tokens of context, about. what: the text that was generated and what differs. source: where it is told.
+    depth: tokens of context, about. kv_type: that a prediction beside it counts; at a depth of 256 it hardly matters.
+    what: the text that was generated and what differs. source: where it is told.
     """
 
     card: str

@@ -379,7 +379,7 @@ class Speed:
     def _lines(self) -> Iterator[str]:
         kv_type = ",".join(dict.fromkeys(self.kv_type))
         where = f"{self.card}, {self.bandwidth:g} GB/s"
-        yield f"from sizes alone, nothing was run: {where}, KV {kv_type}; ms by what is moved"
+        yield f"from sizes alone, nothing was run: {where}, KV {kv_type}; at least so many ms, by what is moved"
         if self.tflops:
             yield f"arithmetic: what it takes longer than its bytes, at {ARITHMETIC:.0%} of {self.tflops:g} f16 TFLOPS"
         if any(step.moved.kv_copy for step in self.steps):
