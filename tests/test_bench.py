@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ import numpy as np
 import pytest
 
 import pydflash
-from pydflash.bench import figures, prompts, report
+from pydflash import cli
+from pydflash.bench import answers, figures, measure, plots, prompts, report, summary
 from pydflash.bench.figures import Run
 from pydflash.errors import ArgumentError, DocumentError, HubError
+from tests.test_sampler import make_params
+from tests.tiny_models import TinyDraft, TinyTarget
 
 # ---- statistics ------------------------------------------------------------------------------------------------------
 
@@ -178,3 +182,196 @@ def test_datasets_from_files_and_from_the_hub(
             texts(name, 3)
     with pytest.raises(ArgumentError, match="humaneval, gsm8k, math500"):
         texts("mmlu", 3)
+
+
+def test_the_report_of_a_made_up_result() -> None:
+    speeds = {"auto": 2.0, "tree 8": 1.5, "chain": 0.5, "plain": 1.0}  # arms take turns: any may come first
+    measured = measure.Measured(token_ms=0.5, prefill_seconds={1024: 0.25})
+    drafted: dict[str, Any] = {"n_steps": 30, "n_drafted": 240, "offered": [30], "reached": [15], "ms": {"verify": 60}}
+    for depth, temperature, slower in ((0, 0.0, 1), (0, 0.7, 2), (1024, 0.0, 4)):
+        for arm, factor in speeds.items():
+            more = {"n_steps": 60, "ms": {"verify": 60}} if arm == "plain" else drafted
+            measured.runs.append(made(arm, 0, 0, 1000 * factor / slower, depth=depth, temperature=temperature, **more))
+    measured.partings.append(answers.Parting("chain", "code", 0, 0, 0.7, 5, "'a'", "'b'", 0.0123))
+    text = report.markdown(summary.blocks(measured, ["About."]))
+    assert text == (Path(__file__).parent / "data" / "bench_report.md").read_text()
+    rows = summary.as_rows(measured.runs)
+    assert len(rows) == 12
+    assert {"arm": "chain", "depth": 1024, "of_plain": 0.5, "accepted_1": 0.5, "verify_ms": 2.0}.items() <= rows[
+        -3
+    ].items()
+    data = json.loads(json.dumps(summary.as_data(measured, {"rounds": 1})))
+    assert (len(data["runs"]), data["prefill_seconds"], data["partings"][0]["at"]) == (12, {"1024": 0.25}, 5)
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_margins_are_those_of_the_definition(tiny_session: pydflash.Session) -> None:
+    ids = tiny_session.tokenize("def f(x):")
+    row = tiny_session.logits(ids)[-1].astype(np.float64)
+    best, *_, near = np.argsort(-row)[:5].tolist()
+    assert answers.greedy_margin(tiny_session, ids, best, near) == pytest.approx(row[best] - row[near], abs=1e-4)
+    assert answers.greedy_margin(tiny_session, ids, best, int(np.argmin(row))) == float("inf")
+    # Moving logits by m against one another moves a border at x to x e^-m/T / (x e^-m/T + 1 - x). All borders that
+    # reach the draw so name one number, and it lies in the drawn token's stretch.
+    temperature = 0.7
+    p = np.exp((row - row.max()) / temperature)
+    edges = np.concatenate([[0], np.cumsum(p / p.sum())])
+    token = pydflash._lib.ffi.new("int32_t *")
+    floats = pydflash._lib.ffi.new("float[]", row.tolist())
+    params = make_params(temperature=temperature, seed=3)
+    assert pydflash._lib.lib.pf_sample(floats, len(row), params, pydflash._lib.ffi.NULL, 0, 0, len(ids), token) == 0
+    drawn = int(token[0])
+    numbers = []
+    for other in [i for i in range(drawn - 20, drawn + 20) if i != drawn and 0 <= i < len(row)]:
+        m = answers.drawn_margin(tiny_session, ids, drawn, other, temperature, 3)
+        x = edges[other] if other > drawn else edges[other + 1]
+        moved = x * np.exp((-m if other > drawn else m) / temperature)
+        numbers.append(moved / (moved + 1 - x))
+    assert np.ptp(numbers) < 1e-3
+    assert edges[drawn] < np.median(numbers) < edges[drawn + 1]
+
+
+def test_ties_are_of_the_coarsest_type(tiny_target: Path, tmp_path: Path) -> None:
+    def tie(target: Path, kv_type: str) -> float:
+        with pydflash.Session(target, kv_type=kv_type, n_ctx=256, n_threads=1) as session:
+            return answers.largest_tie(session, target)
+
+    assert tie(tiny_target, "f32") == answers.TIES["f32"]
+    assert tie(tiny_target, "q8_0") == answers.TIE_OF_CACHES
+    assert tie(TinyTarget().write(tmp_path / "q.gguf", types={"ffn_up": "q8_0"}), "f32") == answers.TIES["q8_0"]
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+ARMS = ["plain", "chain", "tree 3", "tree 8", "auto"]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A pair whose texts are bytes and whose context has room for a document of them."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = TinyTarget(n_ctx=4096)
+    files = target.write(folder / "target.gguf", tokenizer=True), TinyDraft.of(target).write(folder / "draft.gguf")
+    return ["bench", "--target", str(files[0]), "--draft", str(files[1]), "--kv-type", "f32", "--n-threads", "1"]
+
+
+SHORT = [
+    "--prompts",
+    "1",
+    "--n-gen",
+    "6",
+    "--rounds",
+    "2",
+    "--budgets",
+    "3",
+    "8",
+    "--depths",
+    "0",
+    "256",
+    "--n-ctx",
+    "2048",
+]
+
+
+def test_a_whole_run(pair: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "csv", "markdown")}
+    outputs = [x for name, path in files.items() for x in (f"--{name}", str(path))]
+    assert cli.main([*pair, *SHORT, "--categories", "code", "quoting", *outputs]) == 0
+    found = json.loads(files["json"].read_text())
+    arms = [arm for arm in ARMS if arm != "auto"]
+    runs = [Run(**run) for run in found["runs"]]
+    # Two categories greedily, the first sampled and behind a document; two rounds.
+    assert len(runs) == 2 * 4 * len(arms)
+    for question, group in figures.grouped(runs, lambda run: run.question).items():
+        assert {run.arm for run in group} == set(arms), question
+        assert len({run.output_hash for run in group}) == 1
+        for run in group:
+            assert (run.n_tokens, run.seconds > 0) == (6, True)
+            assert run.n_steps == 6 if run.arm == "plain" else 1 <= run.n_steps <= 6
+            assert all(reached <= offered for reached, offered in zip(run.reached, run.offered, strict=True))
+    assert list(found["prefill_seconds"]) == ["256"]
+    assert found["partings"] == []
+    printed = capsys.readouterr().out
+    assert f"All {4 * (len(arms) - 1)} texts are those of plain decoding" in printed
+    written = files["markdown"].read_text()
+    assert written.startswith("<!-- bench begin -->")
+    assert written.count("\n|-|-:") == printed.count("plain tokens/s") + printed.count("looping") + 3
+    assert files["csv"].read_text().count("\n") == 1 + 4 * len(arms)
+
+
+def test_without_a_drafter_there_is_one_way(pair: list[str], tmp_path: Path) -> None:
+    assert cli.main([*pair[:3], *pair[5:], *SHORT, "--categories", "code", "--json", str(tmp_path / "out")]) == 0
+    assert {run["arm"] for run in json.loads((tmp_path / "out").read_text())["runs"]} == {"plain"}
+
+
+def patched(monkeypatch: pytest.MonkeyPatch, after: int, then: Any) -> None:
+    """From the so manieth run with a chain on, `then` changes results."""
+    generate = pydflash.Session.generate
+    count = iter(range(10**6))
+
+    def changed(self: pydflash.Session, *args: Any, **settings: Any) -> Any:
+        result = generate(self, *args, **settings)
+        return then(result) if settings.get("chain") and next(count) >= after else result
+
+    monkeypatch.setattr(pydflash.Session, "generate", changed)
+
+
+def test_an_arm_that_lies_is_refused(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lie(result: pydflash.Result) -> pydflash.Result:
+        return replace(result, ids=[*result.ids[:3], (result.ids[3] + 1) % 256, *result.ids[4:]])
+
+    patched(monkeypatch, 4, lie)
+    out = tmp_path / "RESULTS.md"
+    assert cli.main([*pair, *SHORT, "--categories", "prose", "--markdown", str(out)]) == 1
+    said = capsys.readouterr().err
+    assert "error: chain says " in said
+    assert "where plain decoding says " in said
+    assert "prose prompt 0" in said
+    assert "output token 3" in said
+    assert "which is no tie (up to 0.002 is" in said
+    assert not out.exists()
+
+
+def test_what_was_measured_before_ctrl_c_is_written(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(_result: pydflash.Result) -> pydflash.Result:
+        raise KeyboardInterrupt
+
+    for after in (0, 3):  # while warming up; when some runs have been made
+        with monkeypatch.context() as patch:
+            patched(patch, after, interrupt)
+            path = tmp_path / f"{after}.json"
+            assert cli.main([*pair, *SHORT, "--categories", "code", "chat", "--json", str(path)]) == 130
+        runs = json.loads(path.read_text())["runs"]
+        assert 0 < len(runs) < 32 if after else runs == []
+        assert ("Interrupted: " in (out := capsys.readouterr().out), "Nothing was" in out) == (True, not after)
+
+
+def test_plots_need_matplotlib_before_the_work(
+    pair: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DocumentError, match=r"pip install 'pydflash\[bench\]'"):
+        plots.load()
+
+
+def test_plots(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    measured = measure.Measured(token_ms=0.1)
+    for depth in (0, 1024):
+        for i, arm in enumerate(ARMS):
+            measured.runs.append(made(arm, 0, 0, 100 + i, depth=depth, n_steps=10, n_drafted=30, ms={"verify": 5.0}))
+    drawn = plots.draw(measured, tmp_path / "plots")
+    assert [path.name for path in drawn] == ["bench-depth.svg", "bench-budget.svg", "bench-phases.svg"]
+    text = drawn[0].read_text()
+    assert all(f">{arm}<" in text for arm in ARMS)
+    assert ">1,024<" in text
+    before = [path.read_bytes() for path in drawn]
+    assert [path.read_bytes() for path in plots.draw(measured, tmp_path / "plots")] == before
+    assert plots.draw(measure.Measured(), tmp_path / "none") == []

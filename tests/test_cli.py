@@ -1,4 +1,4 @@
-"""The command line from outside: `info` on hostile and on large files, `bench`, exit codes, what is loaded."""
+"""The command line from outside: `info` on hostile and on large files, exit codes, what is loaded."""
 
 from __future__ import annotations
 
@@ -162,6 +162,8 @@ def test_help_loads_nothing_heavy() -> None:
         (("convert", "nowhere", "out.gguf"), 1, "nowhere is not a folder"),
         (("bench", "--budgets", 64, "--target", "{target}", "--draft", "{draft}"), 2, "budget is 64"),
         (("bench", "--rounds", 0), 2, "--rounds must be at least 1"),
+        (("bench", "--depths", "1Q"), 2, "invalid N value: '1Q'"),
+        (("bench", "--markdown", "/"), 1, "cannot read /"),
     ],
 )
 def test_refusals(arguments: tuple[object, ...], code: int, sentence: str, tiny_target: Path, tiny_draft: Path) -> None:
@@ -191,23 +193,6 @@ def test_convert_is_the_module_s_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pydflash.convert", folder, tmp_path / "b.gguf", "--type", "q8_0"]
     subprocess.run(list(map(str, command)), capture_output=True, check=True)
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
-
-
-def test_bench_compares_ways_that_say_the_same(tiny_target: Path, tiny_draft: Path) -> None:
-    pair = ("--target", tiny_target, "--draft", tiny_draft, "--kv-type", "f32", "--n-ctx", 512)
-    short = ("--prompts", 3, "--n-gen", 4, "--rounds", 2, "--budgets", 3, 8)
-    found = json.loads(run("bench", *pair, *short, "--json").stdout)
-    assert (found["n_prompts"], found["n_gen"], found["rounds"]) == (3, 4, 2)
-    assert list(found["ways"]) == ["plain", "chain", "tree of 3", "tree of 8"]
-    assert len({way["output_hash"] for way in found["ways"].values()}) == 1
-    for way in found["ways"].values():
-        assert way["n_as_plain"] == 3
-        assert way["tokens_per_second"] > 0
-        assert way["tokens_per_pass"] >= 1
-    assert found["ways"]["plain"]["tokens_per_pass"] == 1
-    table = run("bench", *pair[:2], *pair[4:], *short).stdout.splitlines()
-    assert table[0].split()[:2] == ["tokens/s", "of"]
-    assert [line.split()[0] for line in table[1:-1]] == ["plain"]  # without a drafter there is no other way
 
 
 # ---- models by name --------------------------------------------------------------------------------------------------

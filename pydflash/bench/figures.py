@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median, quantiles
+from typing import TypeVar
 
+Key = TypeVar("Key")
 PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in order
 
 
@@ -130,9 +132,9 @@ def best_fixed(runs: Sequence[Run], arm: str = "auto", base: str = "plain") -> t
     return (best, spread(paired)) if paired else None
 
 
-def grouped(runs: Iterable[Run], key: Callable[[Run], object]) -> dict[object, list[Run]]:
+def grouped(runs: Iterable[Run], key: Callable[[Run], Key]) -> dict[Key, list[Run]]:
     """The runs by a key, in the order in which keys first appear."""
-    found: dict[object, list[Run]] = {}
+    found: dict[Key, list[Run]] = {}
     for run in runs:
         found.setdefault(key(run), []).append(run)
     return found

@@ -69,7 +69,7 @@ def quoting(session: pydflash.Session, begin: str, *, renamed: bool) -> list[int
     The model goes on writing the text itself first, since a small one can only quote what it could have written.
     """
     ids = session.tokenize(begin)
-    said = session.generate(ids, max_tokens=N_SAID, temperature=0, ignore_eos=True).ids
+    said = session.generate(ids, budget=0, max_tokens=N_SAID, temperature=0, ignore_eos=True).ids
     names = re.findall(r"[A-Za-z_]{4,}", begin)
     again = begin.replace(max(sorted(set(names)), key=names.count), "another") if renamed and names else begin
     return [*ids, *said, *session.tokenize("\n\n\n" + again)]

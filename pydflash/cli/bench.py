@@ -1,19 +1,27 @@
-"""Speed and accepted tokens of plain decoding, a chain and trees of several budgets, on prompts that ship.
+"""Measure plain decoding, a chain, trees of several budgets and the automatic budget beside each other.
 
-    pydflash bench
-    pydflash bench --target model.gguf --draft drafter/ --budgets 8 22 --json
+    pydflash bench                                        # the tiny pair: about 8 minutes on two quiet cores
+    pydflash bench --quick                                # about one
+    pydflash bench --target model.gguf --draft drafter/ --categories code chat --depths 0 8K
+    pydflash bench --dataset humaneval --prompts 20       # from the hub; --dataset humaneval=FILE without one
+    pydflash bench --json out.json --csv out.csv --markdown RESULTS.md --plots plots/
 
-Greedy, a fixed number of tokens from each prompt; end tokens do not end them. The ways take turns on every prompt, in
-every round, so that a noisy machine is noisy for all. The output's hash is the same for all of them, but for quantised
-caches or weights, where two tokens the model likes equally well may change places: "as plain" counts the prompts.
+Every prompt is continued by a fixed number of tokens, behind end tokens too, by every way of decoding in turn, several
+rounds of it. Ratios are paired by prompt and round. All categories are run greedily with nothing before the prompt, the
+first one also with --temperature, and two prompts of it behind a document at the depths asked for.
+
+All ways must say what plain decoding says. Where one says something else, the model must not have been able to
+choose: with F32 weights and caches at most 0.002 logits may lie between the two tokens, with other caches 0.05, with
+weights in F16 or BF16 0.03, in Q8_0 0.15, in fewer bits 0.5. Anything else ends the command with exit code 1. Ctrl-C
+ends it with 130, and what was measured by then is shown and written all the same.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from dataclasses import dataclass, field
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,114 +29,185 @@ from pydflash.cli import common, terminal
 
 if TYPE_CHECKING:
     import pydflash
+    from pydflash.bench.measure import Measured, Part
 
 HELP = "measure speed and accepted tokens"
 
-PROMPTS = Path(__file__).with_name("prompts.json")
-N_CTX = 2048  # by default: the prompts are short
+FULL: dict[str, Any] = {"prompts": 5, "rounds": 5, "n_gen": 48, "depths": [0, 1024, 8192, 32768]}
+QUICK: dict[str, Any] = {"prompts": 2, "rounds": 2, "n_gen": 48, "depths": [0, 1024]}
+N_DEEP = 2  # prompts that are run behind a document
+N_SPARE = 1024  # context for prompt and answer
+SECTION = "bench"  # of the Markdown file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
+    from pydflash.bench.prompts import CATEGORIES, DATASETS
+
     common.add_models(parser)
-    common.add_session(parser, n_ctx=str(N_CTX))
-    group = parser.add_argument_group("measuring")
+    common.add_session(parser, n_ctx="the largest depth, and room for prompt and answer")
+    group = parser.add_argument_group("what is measured")
+    group.add_argument("--quick", action="store_true", help="fewer prompts, rounds and depths, where none are given")
+    group.add_argument(
+        "--categories", nargs="+", choices=CATEGORIES, metavar="NAME", help=f"of {', '.join(CATEGORIES)} (default: all)"
+    )
+    group.add_argument(
+        "--dataset",
+        nargs="+",
+        metavar="NAME[=FILE]",
+        help=f"instead of the categories, or besides those that are named: {', '.join(DATASETS)}, by the package "
+        "'datasets' from the hub, or its rows as lines of JSON",
+    )
+    group.add_argument("--prompts", type=int, metavar="N", help="of each category (default: 5)")
+    group.add_argument(
+        "--arms",
+        nargs="*",
+        choices=ARMS,
+        default=ARMS[:2],
+        metavar="NAME",
+        help="of chain, tree and auto (default: all)",
+    )
     group.add_argument(
         "--budgets", type=int, nargs="+", default=[8, 16, 32], metavar="N", help="of the trees (default: 8 16 32)"
     )
-    group.add_argument("--n-gen", "-n", type=int, default=32, metavar="N", help="tokens from each prompt (default: 32)")
-    group.add_argument("--prompts", type=int, default=8, metavar="N", help="prompts, at most 16 (default: 8)")
-    group.add_argument("--rounds", type=int, default=3, metavar="N", help="default: 3")
-    group.add_argument("--json", action="store_true", help="print one JSON object")
+    group.add_argument(
+        "--depths", type=depth, nargs="+", metavar="N", help="tokens before the prompt (default: 0 1K 8K 32K)"
+    )
+    group.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="of the sampled part (default: 0.7; 0: leave it out)",
+    )
+    group.add_argument("--n-gen", "-n", type=int, metavar="N", help="tokens from each prompt (default: 48)")
+    group.add_argument("--rounds", type=int, metavar="N", help="default: 5")
+    group = parser.add_argument_group("what is written")
+    group.add_argument("--json", type=Path, metavar="FILE", help="everything, each run included")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="the figures, a line for each way in each setting")
+    group.add_argument(
+        "--markdown",
+        type=Path,
+        metavar="FILE",
+        help=f"the report, between <!-- {SECTION} begin --> and <!-- {SECTION} end --> of this file, or at its end",
+    )
+    group.add_argument("--plots", type=Path, metavar="DIR", help="SVG, by matplotlib")
 
 
-@dataclass
-class Way:
-    """A way of decoding, and what came of it: rounds[r] holds the results of round r, one a prompt."""
+ARMS = ["chain", "tree", "auto"]
 
-    name: str
-    settings: dict[str, Any]
-    rounds: list[list[pydflash.Result]] = field(default_factory=list)
+
+def depth(text: str) -> int:
+    """A number of tokens: 8192 or 8K."""
+    return int(text[:-1]) * 1024 if text[-1:] in ("k", "K") else int(text)
+
+
+depth.__name__ = "N"  # argparse names the type in its refusal
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures and prints a table."""
-    import pydflash
+    """Measures, prints the report, writes the files."""
+    from pydflash import models
+    from pydflash.bench import answers, measure, report
 
-    for name in ("n_gen", "prompts", "rounds"):
+    for name, default in (QUICK if options.quick else FULL).items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
+    check(options)
+    if options.markdown:
+        report.section(options.markdown, SECTION)  # refuses what could not be written, before the work
+    if options.plots:
+        from pydflash.bench import plots
+
+        plots.load()
+    options.n_ctx = options.n_ctx or max(options.depths) + N_SPARE
+    measured = measure.Measured()
+    with common.open_session(options, budget=max(options.budgets)) as session:
+        about = describe(session, options)
+        target = options.target and common.find_models(options.target, None)[0]
+        tie = answers.largest_tie(session, target or models.target_path())
+        code = 0
+        try:
+            with terminal.progress("measuring", "runs") as show:
+                measure.measure(
+                    session,
+                    measure.arms(session, options.arms, options.budgets),
+                    parts(session, options),
+                    n_gen=options.n_gen,
+                    rounds=options.rounds,
+                    tie=tie,
+                    out=measured,
+                    progress=show,
+                )
+        except KeyboardInterrupt:
+            about.append("Interrupted: what follows is of the runs made by then.")
+            code = 130
+    write(measured, about, options)
+    return code
+
+
+def check(options: argparse.Namespace) -> None:
+    """Ends the program when a number cannot be meant."""
+    for name in ("prompts", "rounds", "n_gen"):
         if getattr(options, name) < 1:
             options.usage_error(f"--{name.replace('_', '-')} must be at least 1")
-    prompts = chosen(options.prompts)
-    options.n_ctx = options.n_ctx or N_CTX
-    with common.open_session(options, budget=max(options.budgets)) as session:
-        ways = [Way("plain", {"budget": 0})]
-        if session.block_size:
-            ways.append(Way("chain", {"budget": session.block_size - 1, "chain": True}))
-            ways += [Way(f"tree of {n}", {"budget": n, "chain": False}) for n in options.budgets]
-        measure(session, ways, prompts, options)
-        where = pydflash.device_info(session.device).name
-    figures = {way.name: summary(way, ways[0]) for way in ways}
-    if options.json:
-        settings = {"device": where, "n_prompts": len(prompts), "n_gen": options.n_gen, "rounds": options.rounds}
-        print(json.dumps(settings | {"ways": figures}, indent=1))
-        return 0
-    plain = figures["plain"]["tokens_per_second"]
-    terminal.table(
-        ["", "tokens/s", "of plain", "tokens a pass", "output", "as plain"],
-        [
-            [
-                name,
-                f"{f['tokens_per_second']:.1f}",
-                f"{f['tokens_per_second'] / plain:.2f}",
-                f"{f['tokens_per_pass']:.2f}",
-                f["output_hash"],
-                f"{f['n_as_plain']} of {len(prompts)}",
-            ]
-            for name, f in figures.items()
-        ],
-        right=(1, 2, 3),
+    if min(options.depths) < 0:
+        options.usage_error("--depths must not be negative")
+
+
+def parts(session: pydflash.Session, options: argparse.Namespace) -> list[Part]:
+    """What is measured, in order."""
+    from pydflash.bench import prompts
+    from pydflash.bench.measure import parts
+
+    categories = options.categories or ([] if options.dataset else prompts.CATEGORIES)
+    found = [prompts.shipped(session, category, options.prompts) for category in categories]
+    found += [prompts.from_dataset(session, name, options.prompts) for name in options.dataset or ()]
+    return parts(found, options.depths, options.temperature, n_deep=N_DEEP)
+
+
+def describe(session: pydflash.Session, options: argparse.Namespace) -> list[str]:
+    """Paragraphs on what is measured, where and how."""
+    import os
+
+    import pydflash
+
+    device = pydflash.device_info(session.device).name
+    threads = options.n_threads or len(os.sched_getaffinity(0))
+    where = device if session.device != "cpu" else f"{device}, {threads} {'threads' if threads > 1 else 'thread'}"
+    pair = (
+        "the shipped pair" if options.target is None else " with ".join(filter(None, (options.target, options.draft)))
     )
-    print(terminal.one_line(f"{len(prompts)} prompts x {options.n_gen} tokens, median of {options.rounds}; {where}"))
-    return 0
+    return [
+        f"    {shlex.join(['pydflash', *sys.argv[1:]])}",
+        f"{pair}, KV cache {' and '.join(dict.fromkeys(session.plan.kv_type))}, pydflash "
+        f"{pydflash.__version__}, {where}. {options.n_gen} tokens from each of {options.prompts} prompts a category, "
+        f"{options.rounds} rounds in which all ways take turns.",
+    ]
 
 
-def chosen(n: int) -> list[str]:
-    """So many of the prompts that ship, spread evenly over their categories."""
-    texts: list[str] = [prompt["text"] for prompt in json.loads(PROMPTS.read_text(encoding="utf-8"))["prompts"]]
-    n = min(n, len(texts))
-    return [texts[i * len(texts) // n] for i in range(n)]
+def write(measured: Measured, about: list[str], options: argparse.Namespace) -> None:
+    """The report on stdout, and the files that were asked for."""
+    import os
 
+    from pydflash.bench import plots, report, summary
 
-def measure(session: pydflash.Session, ways: list[Way], prompts: list[str], options: argparse.Namespace) -> None:
-    """Fills in the ways' rounds. The first run of all is thrown away: it warms up what the others find warm."""
-    settings: dict[str, Any] = {"max_tokens": options.n_gen, "ignore_eos": True, "temperature": 0}
-    session.generate(prompts[0], **settings)
-    total = options.rounds * len(prompts) * len(ways)
-    n_done = 0
-    with terminal.progress("measuring", "runs") as show:
-        for _ in range(options.rounds):
-            for way in ways:
-                way.rounds.append([])
-            for prompt in prompts:
-                for way in ways:
-                    way.rounds[-1].append(session.generate(prompt, **settings, **way.settings))
-                    n_done += 1
-                    show(n_done, total)
-
-
-def summary(way: Way, plain: Way) -> dict[str, Any]:
-    """The figures of a way. tokens_per_second: of decoding alone, the median over the rounds."""
-    from pydflash.results import output_hash
-
-    speeds = []
-    for results in way.rounds:
-        seconds = sum(r.stats.n_generated / r.stats.decode_tps for r in results)
-        speeds.append(sum(r.stats.n_generated for r in results) / seconds)
-    results = way.rounds[0]
-    ids = [token for result in results for token in result.ids]
-    return {
-        "tokens_per_second": statistics.median(speeds),
-        "tokens_per_pass": len(ids) / sum(result.stats.n_steps for result in results),
-        "output_hash": output_hash(ids),
-        "n_as_plain": sum(a.ids == b.ids for a, b in zip(results, plain.rounds[0], strict=True)),
-    }
+    blocks = summary.blocks(measured, about)
+    for i, block in enumerate(blocks):
+        print(end="\n" if i else "")
+        if isinstance(block, report.Table):
+            terminal.table(block.heads, block.rows, right=range(1, len(block.heads)))
+        else:
+            print(terminal.visible(block))
+    if options.json:
+        settings = {name: getattr(options, name) for name in (*FULL, "budgets", "temperature", "target", "draft")}
+        report.write_text(
+            options.json, json.dumps(summary.as_data(measured, settings | {"about": about}), indent=1) + "\n"
+        )
+    if options.csv:
+        report.write_csv(options.csv, summary.as_rows(measured.runs))
+    drawn = plots.draw(measured, options.plots) if options.plots else []
+    if options.markdown:
+        folder = options.markdown.resolve().parent
+        images = [f"![{path.stem}]({Path(os.path.relpath(path.resolve(), folder)).as_posix()})" for path in drawn]
+        report.replace_section(options.markdown, SECTION, report.markdown([*blocks, *images]))
