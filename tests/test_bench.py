@@ -9,13 +9,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pytest
 
 import pydflash
 from pydflash import cli
-from pydflash.bench import answers, figures, measure, plots, prompts, report, summary
+from pydflash.bench import answers, figures, floor, measure, plots, prompts, report, summary
 from pydflash.bench.figures import Run
+from pydflash.bench.floor import Floor
 from pydflash.errors import ArgumentError, DocumentError, HubError
 from tests.test_sampler import make_params
 from tests.tiny_models import TinyDraft, TinyTarget
@@ -186,7 +188,7 @@ def test_datasets_from_files_and_from_the_hub(
 
 def test_the_report_of_a_made_up_result() -> None:
     speeds = {"auto": 2.0, "tree 8": 1.5, "chain": 0.5, "plain": 1.0}  # arms take turns: any may come first
-    measured = measure.Measured(token_ms=0.5, prefill_seconds={1024: 0.25})
+    measured = measure.Measured(floor=Floor(0.25, 4_000_000, 0.5), prefill_seconds={1024: 0.25})
     drafted: dict[str, Any] = {"n_steps": 30, "n_drafted": 240, "offered": [30], "reached": [15], "ms": {"verify": 60}}
     for depth, temperature, slower in ((0, 0.0, 1), (0, 0.7, 2), (1024, 0.0, 4)):
         for arm, factor in speeds.items():
@@ -241,6 +243,17 @@ def test_ties_are_of_the_coarsest_type(tiny_target: Path, tmp_path: Path) -> Non
     assert tie(tiny_target, "f32") == answers.TIES["f32"]
     assert tie(tiny_target, "q8_0") == answers.TIE_OF_CACHES
     assert tie(TinyTarget().write(tmp_path / "q.gguf", types={"ffn_up": "q8_0"}), "f32") == answers.TIES["q8_0"]
+
+
+def test_the_floor(tiny_session: pydflash.Session, tiny_target: Path) -> None:
+    found = floor.measure(tiny_session, tiny_target, 1)
+    tensors = {t.name: t.n_bytes for t in gguf.GGUFReader(tiny_target).tensors}
+    weights = sum(tensors.values()) - tensors["token_embd.weight"]
+    assert weights < found.n_bytes < 1.5 * weights  # and the state, and logits
+    assert 0 < found.read_ms < 1
+    assert found.step_ms(1) == max(found.token_ms, found.read_ms)
+    assert found.step_ms(1e6) == 1e6 * found.token_ms
+    assert Floor(0.5, 10**6, 0).step_ms(1) == 0.5
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -363,7 +376,7 @@ def test_plots_need_matplotlib_before_the_work(
 
 def test_plots(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    measured = measure.Measured(token_ms=0.1)
+    measured = measure.Measured(floor=Floor(0.1, 10**6, 0.2))
     for depth in (0, 1024):
         for i, arm in enumerate(ARMS):
             measured.runs.append(made(arm, 0, 0, 100 + i, depth=depth, n_steps=10, n_drafted=30, ms={"verify": 5.0}))

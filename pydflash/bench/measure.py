@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from pydflash.bench import answers, prompts
 from pydflash.bench.figures import Run, loops
+from pydflash.bench.floor import Floor
 from pydflash.bench.prompts import Prompt
 
 if TYPE_CHECKING:
     import pydflash
 
 SEED = 1  # of sampled runs; a prompt's number is added
-N_PREFILL = 5  # times that a prefill is measured for the floor
 
 
 @dataclass(frozen=True)
@@ -43,13 +43,13 @@ class Part:
 class Measured:
     """All that was found, as it comes in: whoever is interrupted has what was there by then.
 
-    prefill_seconds: by depth, of the document as a whole. token_ms: of one token in a prefill of a whole chunk.
+    prefill_seconds: by depth, of the document as a whole.
     """
 
     runs: list[Run] = field(default_factory=list)
     partings: list[answers.Parting] = field(default_factory=list)
     prefill_seconds: dict[int, float] = field(default_factory=dict)
-    token_ms: float | None = None
+    floor: Floor | None = None
 
 
 def arms(session: pydflash.Session, kinds: Sequence[str], budgets: Sequence[int]) -> list[Arm]:
@@ -95,7 +95,6 @@ def measure(
     measured = _Measuring(session, ways, n_gen, tie, out)
     total = rounds * len(ways) * sum(len(part.prompts) for part in parts)
     document = prompts.document(session, max((part.depth for part in parts), default=0))
-    out.token_ms = prefill_ms(session)
     for part in parts:
         if part.depth and part.depth not in out.prefill_seconds:
             session.reset()
@@ -107,19 +106,6 @@ def measure(
             for prompt in part.prompts:
                 measured.prompt(part, prompt, document, number)
                 progress(len(out.runs), total)
-
-
-def prefill_ms(session: pydflash.Session) -> float:
-    """Milliseconds that a token takes in a prefill of one whole chunk: what its arithmetic takes, or nearly."""
-    n = min(session.plan.n_batch, session.n_ctx - 1)
-    ids = prompts.document(session, n + 1)  # the last one is not evaluated
-    seconds = []
-    for _ in range(N_PREFILL):
-        session.reset()
-        started = time.perf_counter()
-        session.append(ids)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds) / n * 1e3
 
 
 @dataclass

@@ -81,7 +81,7 @@ def _budget(measured: Measured, axes: Any) -> bool:
 
 
 def _phases(measured: Measured, axes: Any) -> bool:
-    """Milliseconds of a step by part, and beside each the floor: its target pass as part of a prefill."""
+    """Milliseconds of a step by part, and beside each the floor of its target pass."""
     found = figures([run for run in measured.runs if not run.depth and not run.temperature])
     arms = [arm for arm in sorted(found, key=arm_order) if found[arm].step_ms]
     if not arms:
@@ -91,8 +91,8 @@ def _phases(measured: Measured, axes: Any) -> bool:
         heights = [found[arm].step_ms[part] for arm in arms]
         axes.bar(range(len(arms)), heights, 0.5, bottom=bottom, label=part)
         bottom = [b + h for b, h in zip(bottom, heights, strict=True)]
-    if measured.token_ms is not None:
-        floors = [found[arm].nodes_per_pass * measured.token_ms for arm in arms]
+    if measured.floor is not None:
+        floors = [measured.floor.step_ms(found[arm].nodes_per_pass) for arm in arms]
         axes.bar([i + 0.38 for i in range(len(arms))], floors, 0.2, color="grey", label="floor")
     axes.set_xticks(range(len(arms)), arms)
     axes.set(ylabel="ms a step")

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from pydflash.bench.figures import PARTS, Figures, Run, best_fixed, figures, grouped
+from pydflash.bench.floor import Floor
 from pydflash.bench.measure import Measured
 from pydflash.bench.report import Block, Table
 
@@ -33,7 +34,7 @@ def blocks(measured: Measured, about: Sequence[str]) -> list[Block]:
         ]
         out += [_passes(shallow)]
     if greedy:
-        out += [_of_a_step(measured), _steps(greedy, measured.token_ms)]
+        out += [_of_a_step(measured.floor), _steps(greedy, measured.floor)]
     if any(run.offered for run in greedy):
         out += ["How often the token at each position of the path offered was accepted, greedy, all categories."]
         out += [_positions(figures(greedy))]
@@ -110,25 +111,20 @@ def _passes(runs: Sequence[Run]) -> Table:
     return Table(["", *arms, "looping"], rows)
 
 
-def _of_a_step(measured: Measured) -> str:
-    floor = ""
-    if measured.token_ms is not None:
-        floor = (
-            f" The floor is what the same tokens take as part of a prefill, {measured.token_ms:.3f} ms each: the "
-            "target's arithmetic, hardly anything else, and nothing for the drafter."
-        )
-    return f"A step, greedy, all categories; times are milliseconds.{floor}"
+def _of_a_step(floor: Floor | None) -> str:
+    least = "" if floor is None else f" The floor, of the target's pass alone: {floor}."
+    return f"A step, greedy, all categories; times are milliseconds.{least}"
 
 
-def _steps(runs: Sequence[Run], token_ms: float | None) -> Table:
+def _steps(runs: Sequence[Run], floor: Floor | None) -> Table:
     rows = []
     found = figures(runs)
     for arm in sorted(found, key=arm_order):
         f = found[arm]
         parts = [f"{f.step_ms.get(part, 0):.3f}" for part in PARTS]
-        floor = "-" if token_ms is None else f"{token_ms * f.nodes_per_pass:.3f}"
+        least = "-" if floor is None else f"{floor.step_ms(f.nodes_per_pass):.3f}"
         speed = f"{f.tokens_per_second.median:,.{_digits(f)}f}"
-        rows.append([arm, speed, f"{f.tokens_per_pass:.2f}", f"{f.nodes_per_pass:.1f}", *parts, floor])
+        rows.append([arm, speed, f"{f.tokens_per_pass:.2f}", f"{f.nodes_per_pass:.1f}", *parts, least])
     return Table(["", "tokens/s", "tokens", "nodes", *PARTS, "floor"], rows)
 
 
@@ -183,7 +179,7 @@ def as_data(measured: Measured, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "settings": settings,
         "figures": as_rows(measured.runs),
-        "token_ms": measured.token_ms,
+        "floor": None if measured.floor is None else asdict(measured.floor),
         "prefill_seconds": measured.prefill_seconds,
         "partings": [asdict(parting) for parting in measured.partings],
         "runs": [asdict(run) for run in measured.runs],

@@ -108,7 +108,7 @@ depth.__name__ = "N"  # argparse names the type in its refusal
 def run(options: argparse.Namespace) -> int:
     """Measures, prints the report, writes the files."""
     from pydflash import models
-    from pydflash.bench import answers, measure, report
+    from pydflash.bench import answers, floor, measure, report
 
     for name, default in (QUICK if options.quick else FULL).items():
         if getattr(options, name) is None:
@@ -124,10 +124,11 @@ def run(options: argparse.Namespace) -> int:
     measured = measure.Measured()
     with common.open_session(options, budget=max(options.budgets)) as session:
         about = describe(session, options)
-        target = options.target and common.find_models(options.target, None)[0]
-        tie = answers.largest_tie(session, target or models.target_path())
+        target = common.find_models(options.target, None)[0] if options.target else models.target_path()
+        tie = answers.largest_tie(session, target)
         code = 0
         try:
+            measured.floor = floor.measure(session, target, n_threads(options))
             with terminal.progress("measuring", "runs") as show:
                 measure.measure(
                     session,
@@ -166,14 +167,19 @@ def parts(session: pydflash.Session, options: argparse.Namespace) -> list[Part]:
     return parts(found, options.depths, options.temperature, n_deep=N_DEEP)
 
 
-def describe(session: pydflash.Session, options: argparse.Namespace) -> list[str]:
-    """Paragraphs on what is measured, where and how."""
+def n_threads(options: argparse.Namespace) -> int:
+    """Threads of the CPU that the session uses."""
     import os
 
+    return int(options.n_threads or len(os.sched_getaffinity(0)))
+
+
+def describe(session: pydflash.Session, options: argparse.Namespace) -> list[str]:
+    """Paragraphs on what is measured, where and how."""
     import pydflash
 
     device = pydflash.device_info(session.device).name
-    threads = options.n_threads or len(os.sched_getaffinity(0))
+    threads = n_threads(options)
     where = device if session.device != "cpu" else f"{device}, {threads} {'threads' if threads > 1 else 'thread'}"
     pair = (
         "the shipped pair" if options.target is None else " with ".join(filter(None, (options.target, options.draft)))
