@@ -163,7 +163,8 @@ def test_help_loads_nothing_heavy() -> None:
         (("bench", "--budgets", 64, "--target", "{target}", "--draft", "{draft}"), 2, "budget is 64"),
         (("bench", "--rounds", 0), 2, "--rounds must be at least 1"),
         (("bench", "--depths", "1Q"), 2, "invalid N value: '1Q'"),
-        (("bench", "--markdown", "/"), 1, "cannot read /"),
+        (("bench", "--markdown", "/"), 1, "cannot write /"),
+        (("bench", "--json", "nowhere/out.json"), 1, "there is no folder"),
     ],
 )
 def test_refusals(arguments: tuple[object, ...], code: int, sentence: str, tiny_target: Path, tiny_draft: Path) -> None:

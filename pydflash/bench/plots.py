@@ -39,6 +39,7 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
         figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
         if plot(measured, axes):
             axes.spines[["top", "right"]].set_visible(False)
+            axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
             made.append(folder / f"bench-{name}.svg")
             figure.savefig(made[-1], metadata={"Date": None})
         pyplot.close(figure)
@@ -54,8 +55,7 @@ def _depth(measured: Measured, axes: Any) -> bool:
     for arm in sorted(set.intersection(*map(set, found)), key=arm_order):
         axes.plot(range(len(found)), [f[arm].tokens_per_second.median for f in found], marker="o", ms=3, label=arm)
     axes.set_xticks(range(len(found)), [f"{depth:,}" for depth in by_depth])
-    axes.set(yscale="log", xlabel="tokens before the prompt", ylabel="tokens/s")
-    axes.legend(frameon=False)
+    axes.set(xlabel="tokens before the prompt", ylabel="tokens/s", ylim=(0, None))
     return True
 
 
@@ -74,9 +74,8 @@ def _budget(measured: Measured, axes: Any) -> bool:
             if auto is not None and auto.ratio is not None:
                 axes.axhline(auto.ratio.median, color=line.get_color(), ls="--", lw=0.8)
     axes.axhline(1, color="grey", lw=0.8)
+    axes.set_xticks(sorted({int(run.arm.split()[1]) for run in shallow if run.arm.startswith("tree ")}))
     axes.set(xlabel="nodes of the tree (dashed: auto)", ylabel="speed, plain decoding = 1", ylim=(0, None))
-    if drawn:
-        axes.legend(frameon=False)
     return drawn
 
 
@@ -96,5 +95,4 @@ def _phases(measured: Measured, axes: Any) -> bool:
         axes.bar([i + 0.38 for i in range(len(arms))], floors, 0.2, color="grey", label="floor")
     axes.set_xticks(range(len(arms)), arms)
     axes.set(ylabel="ms a step")
-    axes.legend(frameon=False)
     return True

@@ -74,6 +74,15 @@ def section(path: str | os.PathLike[str], name: str) -> tuple[str, str | None, s
     return before, within, after
 
 
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """DocumentError where a file could not be written: to be asked before long work, not behind it."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise DocumentError(f"cannot write {os.fspath(path)}: there is no folder {folder}", reason="missing", path=path)
+    if os.path.isdir(path) or not os.access(folder, os.W_OK):
+        raise DocumentError(f"cannot write {os.fspath(path)}", reason="unreadable", path=path)
+
+
 def write_csv(path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """One line a row; the columns are the keys in the order in which they first appear. Raises DocumentError."""
     columns = list(dict.fromkeys(key for row in rows for key in row))

@@ -114,8 +114,10 @@ def run(options: argparse.Namespace) -> int:
         if getattr(options, name) is None:
             setattr(options, name, default)
     check(options)
+    for path in filter(None, (options.json, options.csv, options.markdown)):
+        report.check_writable(path)
     if options.markdown:
-        report.section(options.markdown, SECTION)  # refuses what could not be written, before the work
+        report.section(options.markdown, SECTION)  # refuses what it could not change
     if options.plots:
         from pydflash.bench import plots
 
