@@ -24,7 +24,7 @@ from pydflash.errors import (
     UnsupportedModelError,
 )
 from pydflash.plan import Plan, plan
-from pydflash.results import Chunk, Result, Stats, TokenLogprob
+from pydflash.results import Chunk, Costs, Result, Stats, TokenLogprob
 from pydflash.sampling import Sampling
 from pydflash.session import Checkpoint, Session
 from pydflash.tokenizer import Tokenizer
@@ -36,6 +36,7 @@ __all__ = [
     "Checkpoint",
     "Chunk",
     "ContextFullError",
+    "Costs",
     "DeviceError",
     "DeviceInfo",
     "DocumentError",

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, SupportsIndex
 
 from pydflash import options
 from pydflash._conversation import Conversation
+from pydflash._experience import Experience
 from pydflash._handles import Handles, Models
 from pydflash._lib import check, ffi, lib
 from pydflash._timeline import Timeline
 from pydflash.errors import ArgumentError, ContextFullError, StateError, UnsupportedModelError
+from pydflash.options import Budget
 from pydflash.plan import read_plan
-from pydflash.results import Counters, Stats
+from pydflash.results import Costs, Counters, Stats
 from pydflash.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +36,7 @@ Ids = Iterable[SupportsIndex]
 class Kept:
     """What a session was opened with, besides what its plan says. shipped: no model was named."""
 
+    budget: Budget
     chain: bool
     copying: bool
     checkpoint_every: int
@@ -62,12 +65,15 @@ class OpenSession:
         self._stats: Stats | None = None
         self._params = params
         self._core = Handles(models, params)
+        plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
+        self._experience = Experience(models, (params.n_threads, plan.kv_type))
+        self._experience.load(self._core.session)
         self._finalizer = weakref.finalize(self, self._core.free)
         self._finalizer.atexit = False  # at exit a daemon thread may still be inside; the process frees it all
         self.device = models.device
         self.n_vocab, self.n_embd, self.n_layer = models.n_vocab, models.n_embd, models.n_layer
         self.block_size = models.block_size
-        self.plan = read_plan(lambda out: lib.pf_session_get_plan(self._core.session, out))
+        self.plan = plan
         self.n_ctx = self.plan.n_ctx
         n_batch = self.plan.n_batch
         self._held = Timeline(
@@ -88,6 +94,8 @@ class OpenSession:
         Closing twice is fine."""
         self._refuse_to_wait_for_itself()
         with self._lock:
+            if self._finalizer.alive:
+                self._experience.save(self._core.session)
             self._finalizer()
 
     # ---- text and ids --------------------------------------------------------------------------------------------
@@ -125,6 +133,21 @@ class OpenSession:
             counters = ffi.new("pf_counters *", {"size": ffi.sizeof("pf_counters")})
             check(lib.pf_session_counters(self._core.session, counters))
             return Counters(*(int(getattr(counters, name)) for name in Counters.__dataclass_fields__))
+
+    def costs(self) -> Costs:
+        """What passes and drafts take here, this deep into the context: measured now if they have not been.
+
+        StateError while the session holds no tokens.
+        """
+        with self._open():
+            if self._held.n_tokens == 0:
+                raise StateError(
+                    "the session holds no tokens; give it a prompt, for costs() to say what passes take there"
+                )
+            costs = ffi.new("pf_costs *", {"size": ffi.sizeof("pf_costs")})
+            check(lib.pf_session_get_costs(self._core.session, costs))
+            passes = dict(zip(costs.n_nodes, costs.pass_ms, strict=True))
+            return Costs(passes, costs.draft_ms if self.block_size else None)
 
     @property
     def memory(self) -> dict[str, int]:

@@ -30,6 +30,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "logprobs": (0, lib.PF_MAX_LOGPROBS),
 }
 
+Budget: TypeAlias = "int | str"  # nodes, or "auto"
 Stop: TypeAlias = "str | int | Sequence[str | int] | None"
 KvType: TypeAlias = "str | tuple[str, str]"
 
@@ -59,6 +60,15 @@ def number(name: str, value: SupportsFloat, low: float, high: float) -> float:
 def setting(name: str, value: Any) -> Any:
     """A setting of a run, within its bounds."""
     return number(name, value, *_NUMBERS[name]) if name in _NUMBERS else integer(name, value, *_INTEGERS[name])
+
+
+def budget_of(value: Budget) -> int:
+    """A budget as the core takes it: 0 to 63 nodes, or PF_BUDGET_AUTO for "auto"."""
+    if isinstance(value, str):
+        if value != "auto":
+            raise ArgumentError(f"budget is {value!r}; it must be 'auto', or an integer from 0 to {MAX_BUDGET}")
+        return int(lib.PF_BUDGET_AUTO)
+    return int(setting("budget", value))
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:
@@ -117,7 +127,7 @@ def stops(value: Stop, n_vocab: int) -> tuple[list[str], list[int]]:
 
 
 def session_params(
-    *, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None, budget: int
+    *, n_ctx: int | None, kv_type: KvType, n_batch: int, n_ring: int, n_threads: int | None, budget: Budget
 ) -> Any:
     """A filled pf_session_params."""
     params = ffi.new("pf_session_params *")
@@ -129,7 +139,7 @@ def session_params(
         raise ArgumentError(f"n_batch is {n_batch}; it must be a multiple of 64")
     params.n_ring = integer("n_ring", n_ring, 1, 2**31 - 1)
     params.n_threads = 0 if n_threads is None else integer("n_threads", n_threads, 1, 512)
-    params.budget = setting("budget", budget)
+    params.budget = budget_of(budget)
     return params
 
 
@@ -140,7 +150,7 @@ def generate_params(
     top_p: float,
     min_p: float,
     seed: int,
-    budget: int,
+    budget: Budget,
     chain: bool,
     stop_ids: list[int],
     repeat_penalty: float = 1.0,
@@ -153,7 +163,7 @@ def generate_params(
     """A filled pf_generate_params, and the arrays it points into, which must live until it has been used."""
     params = ffi.new("pf_generate_params *")
     lib.pf_generate_params_default(params)
-    params.budget = setting("budget", budget)
+    params.budget = budget_of(budget)
     params.shape = lib.PF_SHAPE_CHAIN if chain else lib.PF_SHAPE_TREE
     params.temperature = setting("temperature", temperature)
     params.top_k = setting("top_k", top_k)

@@ -21,7 +21,7 @@ from pydflash._handles import Models, PathLike, draft_file, target_file
 from pydflash._lib import check, ffi, lib
 from pydflash.device import DEVICES, choose
 from pydflash.errors import ArgumentError, checked_options
-from pydflash.options import KvType
+from pydflash.options import Budget, KvType
 
 MIB = 1 << 20
 _UNITS = {"": 1, "b": 1, "k": 1e3, "kb": 1e3, "kib": 2**10, "m": 1e6, "mb": 1e6, "mib": 2**20, "g": 1e9, "gb": 1e9,
@@ -109,7 +109,7 @@ def plan(
     *,
     n_ctx: int | None = None,
     kv_type: KvType = "auto",
-    budget: int = 16,
+    budget: Budget = "auto",
     n_batch: int = 512,
     n_ring: int = 4096,
     device: str = "auto",

@@ -24,6 +24,7 @@ class Stats:
     n_generated: int
     n_steps: int  # target passes after prefill
     mean_accepted: float  # tokens committed per target pass; 0 without a pass
+    mean_expected: float  # what the trees had promised; with budget="auto" corrected by experience
     accepted_by_depth: list[float]  # [d - 1]: of the steps that offered depth d, the share that accepted it
     offered_by_depth: list[int]  # [d - 1]: how many those steps are
     n_drafted: int  # nodes that were verified besides the roots
@@ -57,6 +58,17 @@ class Counters:
     def __sub__(self, earlier: Counters) -> Counters:
         """What happened since `earlier`."""
         return Counters(*(a - b for a, b in zip(astuple(self), astuple(earlier), strict=True)))
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Milliseconds on this machine.
+
+    pass_ms: of a target pass over so many nodes, with its commit. draft_ms: of drafting a block; None: no drafter.
+    """
+
+    pass_ms: dict[int, float]
+    draft_ms: float | None
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class Tally:
         self._offered: list[int] = []  # [d - 1]: steps that offered depth d
         self._reached: list[int] = []
         self._n_drafted = 0
+        self._expected = 0.0
         self._n_used = 0
         self._ms = dict.fromkeys(("draft", "build", "verify", "accept", "commit"), 0.0)
         self._prefill_s = 0.0
@@ -176,6 +189,7 @@ class Tally:
             self._offered[depth] += 1
             self._reached[depth] += depth < reached
         self._n_drafted += step.n_nodes - 1
+        self._expected += step.expected
         self._n_used += reached
         for name in ("draft", "build", "verify", "accept"):
             self._ms[name] += getattr(step, f"{name}_ms")
@@ -191,6 +205,7 @@ class Tally:
             n_generated=n_generated,
             n_steps=self._n_steps,
             mean_accepted=n_generated / self._n_steps if self._n_steps else 0.0,
+            mean_expected=self._expected / self._n_steps if self._n_steps else 0.0,
             accepted_by_depth=[r / o for r, o in zip(self._reached, self._offered, strict=True)],
             offered_by_depth=list(self._offered),
             n_drafted=self._n_drafted,

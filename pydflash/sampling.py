@@ -9,7 +9,7 @@ from typing import Any, TypedDict, TypeVar
 from pydflash import options
 from pydflash._timeline import Progress
 from pydflash.errors import ArgumentError, UnknownOptionError, nearest
-from pydflash.options import Stop
+from pydflash.options import Budget, Stop
 
 _PENALTIES = ("repeat_penalty", "presence_penalty", "frequency_penalty")
 
@@ -80,7 +80,7 @@ class Settings(TypedDict, total=False):
     stop: Stop
     logprobs: int | None
     ignore_eos: bool
-    budget: int | None
+    budget: Budget | None
     chain: bool | None
     response_format: Mapping[str, Any] | None
     progress: Callable[[Progress], None] | None
@@ -104,7 +104,7 @@ class RunOptions:
     """`Settings`, sorted."""
 
     sampling: Sampling
-    budget: int | None = None
+    budget: Budget | None = None
     chain: bool | None = None
     response_format: Mapping[str, Any] | None = None
     progress: Callable[[Progress], None] | None = None

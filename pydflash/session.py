@@ -27,7 +27,7 @@ from pydflash.errors import (
     UnsupportedModelError,
     checked_options,
 )
-from pydflash.options import KvType
+from pydflash.options import Budget, KvType
 from pydflash.plan import n_bytes, plan_pair
 from pydflash.results import Chunk, Result
 from pydflash.sampling import ChatOptions, RunOptions, Sampling, sorted_options
@@ -65,7 +65,10 @@ class Session(OpenSession):
     kv_type: type of the KV cache: "f32", "f16", "q8_0" or "q4_0", or a pair of them for K and V. "auto": the first of
         f16 and q8_0 with which n_ctx fits in the same way, else q4_0.
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
-        set aside for trees of this size; a run that asks for a larger one allocates more.
+        set aside for trees of this size; a run that asks for a larger one allocates more. "auto": each step takes the
+        number that gives the most tokens a second, by what passes take on this machine and how often drafts prove
+        right, both learned and kept in the user's cache; where nothing pays it does not draft. Passes of another size
+        round in another way: what is to be the same to the last bit every time takes a number.
     chain: draft one line of tokens instead of a tree.
     copying: let tokens that stood behind the last few before, anywhere on the timeline, share the tree with the
         drafter's. Neither this nor any drafting changes what is said.
@@ -103,7 +106,7 @@ class Session(OpenSession):
         *,
         n_ctx: int | None = None,
         kv_type: KvType = "auto",
-        budget: int = 16,
+        budget: Budget = "auto",
         chain: bool = False,
         copying: bool = True,
         device: str = "auto",
@@ -121,6 +124,7 @@ class Session(OpenSession):
         )
         options.integer("checkpoint_every", checkpoint_every, 1, 2**31 - 1)
         self._options = Kept(
+            budget=budget,
             chain=bool(chain),
             copying=bool(copying),
             checkpoint_every=checkpoint_every,
@@ -328,7 +332,7 @@ class Session(OpenSession):
                 self._store_core(),
                 conversation=self._conversation.as_dict(),
                 snapshots=self._held.snapshots,
-                options={**asdict(self._options), "n_ctx": self.n_ctx, "budget": self.plan.budget},
+                options={**asdict(self._options), "n_ctx": self.n_ctx},
             )
 
     @classmethod
@@ -469,7 +473,9 @@ class Session(OpenSession):
     def _request(self, prompt: _Prompt, wanted: RunOptions) -> Request:
         """Checks everything, so that what is refused is refused before any work."""
         sampling = wanted.sampling
-        if wanted.budget and not self.block_size:
+        budget = self._options.budget if wanted.budget is None else wanted.budget
+        options.budget_of(budget)
+        if wanted.budget not in (None, 0, "auto") and not self.block_size:
             raise ArgumentError(f"budget is {wanted.budget}, but this session has no drafter; open it with draft=...")
         texts, stop_ids = options.stops(sampling.stop, self.n_vocab)
         if texts:
@@ -489,7 +495,7 @@ class Session(OpenSession):
             top_p=sampling.top_p,
             min_p=sampling.min_p,
             seed=seed,
-            budget=(self.plan.budget if wanted.budget is None else wanted.budget) if self.block_size else 0,
+            budget=budget if self.block_size else 0,
             chain=self._options.chain if wanted.chain is None else bool(wanted.chain),
             stop_ids=stop_ids,
             repeat_penalty=sampling.repeat_penalty,

@@ -117,13 +117,13 @@ void pf_session_params_default(pf_session_params * params) {
     params->type_v = -1;
     params->n_batch = 512;
     params->n_ring = 4096;
-    params->budget = 16;
+    params->budget = PF_BUDGET_AUTO;
 }
 
 void pf_generate_params_default(pf_generate_params * params) {
     *params = {};
     params->size = sizeof(*params);
-    params->budget = 16;
+    params->budget = PF_BUDGET_AUTO;
     params->shape = PF_SHAPE_TREE;
     params->top_p = 1.0f;
     params->repeat_penalty = 1.0f;
@@ -288,6 +288,53 @@ int pf_session_copy(pf_session * to, pf_session * from) {
     return pf::guard([&] {
         pf::require(to && from, "pf_session_copy: both sessions must not be null");
         to->session.copy(from->session);
+    });
+}
+
+int pf_session_get_costs(pf_session * session, pf_costs * out) {
+    return pf::guard([&] {
+        pf::require(session, "pf_session_get_costs: session must not be null");
+        pf::check_result(out);
+        const pf::Costs::Row & row = session->session.costs();
+        pf_costs costs = {};
+        std::copy(pf::pass_sizes.begin(), pf::pass_sizes.end(), costs.n_nodes);
+        std::copy(row.pass.begin(), row.pass.end(), costs.pass_ms);
+        costs.draft_ms = row.draft;
+        pf::write_result(costs, out);
+    });
+}
+
+uint64_t pf_session_experience_bytes(void) {
+    return sizeof(double) * pf::Experience::n_values;
+}
+
+int pf_session_get_experience(const pf_session * session, void * out, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && out && size == pf_session_experience_bytes(),
+                    "pf_session_get_experience: session and out must not be null, size must be the experience's");
+        std::array<double, pf::Experience::n_values> values;
+        session->session.experience().save(values.data());
+        std::memcpy(out, values.data(), size);
+    });
+}
+
+int pf_session_set_experience(pf_session * session, const void * experience, uint64_t size) {
+    return pf::guard([&] {
+        pf::require(session && experience, "pf_session_set_experience: session and experience must not be null");
+        std::array<double, pf::Experience::n_values> values = {};
+        std::memcpy(values.data(), experience, std::min<uint64_t>(size, sizeof(values)));
+        pf::Experience read;
+        if (size != sizeof(values) || !read.load(values.data())) {
+            throw pf::Error(PF_ERR_FORMAT, "this is not what pf_session_get_experience gave");
+        }
+        session->session.set_experience(read);
+    });
+}
+
+int pf_session_propose(pf_session * session, const int32_t * ids, int32_t n) {
+    return pf::guard([&] {
+        pf::require(session && (ids || n == 0), "pf_session_propose: session and ids must not be null");
+        session->session.propose(ids, n);
     });
 }
 

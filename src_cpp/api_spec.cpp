@@ -1,5 +1,6 @@
 // The C interface to the parts of a step: checks what the caller passed, then calls spec/.
 #include <algorithm>
+#include <cmath>
 
 #include "api_guard.h"
 #include "spec/chooser.h"
@@ -65,6 +66,28 @@ int pf_copy_matches(const int32_t * before, int64_t n_before, const int32_t * to
     });
 }
 
+static_assert(pf::Calibration::n_weights == PF_N_WEIGHTS, "pydflash.h says how many there are");
+
+int pf_calibrate(const int32_t * depth, const int32_t * deviations, const float * logp, const int32_t * chosen,
+                 int64_t n, int32_t n_rank, pf_calibration * out) {
+    return pf::guard([&] {
+        pf::require(out, "out must not be NULL");
+        pf::require(n >= 0 && n_rank >= 1, "n must not be negative, and n_rank at least 1");
+        pf::require(n == 0 || (depth && deviations && logp && chosen), "the arrays must not be NULL");
+        pf::Calibrator calibrator;
+        for (int64_t i = 0; i < n; ++i) {
+            const float * row = logp + i * n_rank;
+            pf::require(depth[i] >= 1 && deviations[i] >= 0, "depth must be at least 1, deviations at least 0");
+            pf::require(chosen[i] >= -1 && chosen[i] < n_rank, "chosen must be a rank, or -1");
+            pf::require(std::all_of(row, row + n_rank, [](float x) { return std::isfinite(x); }),
+                        "logp must be finite");
+            calibrator.see(depth[i], deviations[i], row, n_rank, chosen[i]);
+        }
+        const auto & weight = calibrator.learned().weight;
+        std::copy(weight.begin(), weight.end(), out->weight);
+    });
+}
+
 int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget,
                   int32_t shape, const pf_calibration * calibration, int32_t root_token, const pf_line * line,
                   pf_allowed allowed, void * user, int32_t * token, int32_t * parent, int32_t * depth, int32_t * rank,
@@ -83,9 +106,13 @@ int pf_tree_build(const int32_t * ids, const float * logp, int32_t n_depth, int3
         if (allowed) {
             ask = [&](const int32_t * path, int32_t n) { return allowed(user, path, n) != 0; };
         }
+        pf::Calibration weights;
+        if (calibration) {
+            std::copy_n(calibration->weight, pf::Calibration::n_weights, weights.weight.begin());
+        }
         pf::Tree tree;
-        pf::build_tree(ids, logp, n_depth, n_rank, budget, shape, calibration, root_token, line ? &along : nullptr, ask,
-                       tree);
+        pf::build_tree(ids, logp, n_depth, n_rank, budget, shape, calibration ? &weights : nullptr, root_token,
+                       line ? &along : nullptr, ask, tree);
         std::copy_n(tree.token, tree.n_nodes, token);
         std::copy_n(tree.parent, tree.n_nodes, parent);
         std::copy_n(tree.depth, tree.n_nodes, depth);

@@ -197,8 +197,9 @@ void check_params(const Target & target, const pf_session_params & p) {
     if (p.n_ring < std::max(p.n_batch, 256) || p.n_ring > (1 << 24)) {
         fail("n_ring is " + std::to_string(p.n_ring) + "; it must be at least n_batch and 256");
     }
-    if (p.budget < 0 || p.budget >= PF_MAX_NODES) {
-        fail("budget is " + std::to_string(p.budget) + "; it must be 0 to " + std::to_string(PF_MAX_NODES - 1));
+    if (p.budget != PF_BUDGET_AUTO && (p.budget < 0 || p.budget >= PF_MAX_NODES)) {
+        fail("budget is " + std::to_string(p.budget) + "; it must be 0 to " + std::to_string(PF_MAX_NODES - 1) +
+             ", or PF_BUDGET_AUTO");
     }
     if (p.n_threads < 0 || p.n_threads > available_cores()) {
         fail("n_threads is " + std::to_string(p.n_threads) + "; it must be 1 to the " +
@@ -346,6 +347,9 @@ Plan make_plan(const Target & target, const Drafter * drafter, const pf_session_
     const bool open_context = given.n_ctx == 0;
     pf_session_params p = given;
     p.n_ctx = open_context ? target.n_ctx_train : given.n_ctx;
+    if (p.budget == PF_BUDGET_AUTO) {
+        p.budget = drafter ? PF_MAX_NODES - 1 : 0;
+    }
 
     std::vector<ggml_type> types; // f16 divides everything, so there is one
     for (const ggml_type type : {GGML_TYPE_F16, GGML_TYPE_Q8_0, GGML_TYPE_Q4_0}) {

@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define PF_ABI_VERSION 3
+#define PF_ABI_VERSION 4
 #define PF_MAX_NODES 64 /* tree nodes a verify pass can hold, the root included */
 
 enum {
@@ -153,15 +153,20 @@ typedef struct pf_session_params {
     int32_t n_batch;   /* prefill chunk in tokens, 64 to 4096 in steps of 64 */
     int32_t n_ring;    /* positions the drafter can attend to: slots of its context K/V ring */
     int32_t n_threads; /* 0: one per core this process may use */
-    int32_t budget; /* largest tree (nodes besides the root, 0 to 63) to set memory aside for; a run may ask for more */
+    /* Largest tree, in nodes besides the root, 0 to 63, to set memory aside for; a run may ask for more. PF_BUDGET_AUTO: 63,
+     * or 0 without a drafter. */
+    int32_t budget;
 } pf_session_params;
+
+/* The size of each step's tree is the one with the most expected tokens a second; where nothing pays, a root alone. */
+enum { PF_BUDGET_AUTO = -1 };
 
 enum { PF_SHAPE_TREE = 0, PF_SHAPE_CHAIN = 1 };
 #define PF_MAX_LOGPROBS 20
 
 typedef struct pf_generate_params {
     uint32_t size;
-    int32_t budget;    /* tree nodes besides the root, 0 to 63; 0 is plain decoding */
+    int32_t budget;    /* tree nodes besides the root, 0 to 63; 0 is plain decoding; or PF_BUDGET_AUTO */
     int32_t shape;     /* PF_SHAPE_*: a chain is a tree without branches */
     float temperature; /* 0: greedy */
     int32_t top_k;     /* 0: off */
@@ -195,6 +200,7 @@ typedef struct pf_step_result {
     int32_t max_depth; /* depth of the tree offered; the root has 0 */
     int32_t stopped;   /* 1: the last token is one of stop_ids */
     int32_t n_copied;  /* tokens, from the first on, that copying had proposed, drafted as well or not */
+    double expected;   /* tokens that the tree promised: 1, and the chance of every node as the builder had it */
     double draft_ms, build_ms, verify_ms, accept_ms;
 } pf_step_result;
 
@@ -324,6 +330,27 @@ PF_API int pf_session_restore(pf_session * session, const int32_t * ids, int64_t
  * both have the same models, KV types, n_ring and n_batch; PF_ERR_CONTEXT when n_ctx is too small. */
 PF_API int pf_session_copy(pf_session * to, pf_session * from);
 
+/* What a session knows of speed. Whatever it is, the same tokens are said. */
+
+/* Where this session is deep into its context now: milliseconds of a pass over so many nodes with its commit, and of a
+ * draft; measured on the first call, and by PF_BUDGET_AUTO, for every doubling of the context. Some token must be pending. */
+#define PF_N_PASSES 9
+typedef struct pf_costs {
+    uint32_t size;
+    int32_t n_nodes[PF_N_PASSES];
+    double pass_ms[PF_N_PASSES];
+    double draft_ms; /* 0 without a drafter */
+} pf_costs;
+PF_API int pf_session_get_costs(pf_session * session, pf_costs * out);
+/* All of it, learned calibration included, for a later session of the same models, device and settings. Host byte order;
+ * the size is constant. With a budget that is set, runs are the same whatever was learned. PF_ERR_FORMAT for what is not of this version, or cannot be. */
+PF_API uint64_t pf_session_experience_bytes(void);
+PF_API int pf_session_get_experience(const pf_session * session, void * out, uint64_t size);
+PF_API int pf_session_set_experience(pf_session * session, const void * experience, uint64_t size);
+/* For measurements: a line of n tokens, at most 63, for the next step's tree in the place of what copying would propose,
+ * taken for certain. PF_ERR_ARGUMENT for what is no token. */
+PF_API int pf_session_propose(pf_session * session, const int32_t * ids, int32_t n);
+
 /* For anyone who wants to check us. Each replaces the timeline and leaves it empty. n is at most n_ctx. */
 PF_API int pf_session_logits(pf_session * session, const int32_t * ids, uint64_t n, float * out /* [n, n_vocab] */);
 PF_API int pf_session_hidden(pf_session * session, const int32_t * ids, uint64_t n, const int32_t * layers,
@@ -336,15 +363,22 @@ PF_API int pf_session_draft_logits(pf_session * session, const int32_t * ids, ui
 /* Exact log-probabilities (log-softmax over the whole row) of the k likeliest tokens, likeliest first, ties by id. */
 PF_API int pf_top_k(const float * logits, int32_t n_vocab, int32_t k, int32_t * ids, float * logp);
 
-/* How often the drafter proves right, learned: rate[deviations][bin] is the chance that the rank-0 token is the target's
- * when the path so far was accepted, has that many non-rank-0 tokens (the last row: that many or more), and the drafter's
- * own probability of the rank-0 token falls in bin (of n_bins equal bins over [0, 1]). The other ranks share the rest in
- * proportion to their own probabilities. NULL everywhere below means identity: the drafter's probabilities as they are. */
+/* How often the drafter proves right, learned: weights of a logistic regression. The log-odds that the target chooses a
+ * drafted token, when the path above it was accepted, are the sum of the weights times
+ *   1, o, f, f o, log(1 + r), (1 - f) log(1 - p0), [d > 1], log d, o log d, log(1 + v), o log(1 + v), f log(1 + v)
+ * where p is the drafter's probability of the token (1 - 1e-4 at most) and o its log-odds, r its rank and f 1 for rank 0,
+ * p0 the probability of rank 0, d the depth (1 below the root), and v the number of tokens of other ranks above it, up to
+ * 3. No rank counts for more than the one before it. NULL everywhere below: the drafter's probabilities as they are. */
+#define PF_N_WEIGHTS 12
 typedef struct pf_calibration {
-    int32_t n_deviations;
-    int32_t n_bins;
-    const float * rate; /* [n_deviations, n_bins] */
+    double weight[PF_N_WEIGHTS];
 } pf_calibration;
+
+/* What a session learns from n visited nodes, in this order: depth, deviations (the v above) and the drafted log-probabilities
+ * logp[n, n_rank] of the tokens that might come next, falling; the rank of the one that the target chose, -1 for none of
+ * them. One Newton step each, from the identity on. */
+PF_API int pf_calibrate(const int32_t * depth, const int32_t * deviations, const float * logp, const int32_t * chosen,
+                        int64_t n, int32_t n_rank, pf_calibration * out);
 
 /* A line of tokens below the root that is proposed besides the drafter's: what followed when the last tokens were said
  * before, or what a grammar forces. */

@@ -2,11 +2,11 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <set>
 #include <string>
 
 #include "error.h"
-#include "snapshot.h"
 
 namespace pf {
 
@@ -56,19 +56,20 @@ void Session::reset() {
     n_ = 0;
     tokens_.clear();
     uncommitted_ = false;
+    proposed_.n = 0;
     chooser_.end(); // of a step that failed on its way
     chooser_.counts.clear();
     copier_.clear();
+    fixed_rates_ = {};
     runner_.clear();
 }
 
 // stands(error): whether the session stands as it should all the same.
-template <class Body, class Stands>
-void Session::reset_on_error(Body && body, Stands && stands) {
+void Session::reset_on_error(const std::function<void()> & body, const std::function<bool(const Error &)> & stands) {
     try {
         body();
     } catch (const Error & e) {
-        if (stands(e)) {
+        if (stands && stands(e)) {
             throw;
         }
         reset();
@@ -77,11 +78,6 @@ void Session::reset_on_error(Body && body, Stands && stands) {
         reset();
         throw;
     }
-}
-
-template <class Body>
-void Session::reset_on_error(Body && body) {
-    reset_on_error(body, [](const Error &) { return false; });
 }
 
 void Session::check_ids(const int32_t * ids, uint64_t n) const {
@@ -110,9 +106,9 @@ void Session::require_settled(const char * what) const {
 
 void Session::configure(const pf_generate_params & params) {
     require_settled("configure");
-    if (params.budget < 0 || params.budget >= PF_MAX_NODES) {
+    if (params.budget != PF_BUDGET_AUTO && (params.budget < 0 || params.budget >= PF_MAX_NODES)) {
         throw Error(PF_ERR_ARGUMENT, "budget is " + std::to_string(params.budget) + "; it must be 0 to " +
-                                         std::to_string(PF_MAX_NODES - 1));
+                                         std::to_string(PF_MAX_NODES - 1) + ", or PF_BUDGET_AUTO");
     }
     if (params.shape != PF_SHAPE_TREE && params.shape != PF_SHAPE_CHAIN) {
         throw Error(PF_ERR_ARGUMENT, "shape must be PF_SHAPE_TREE or PF_SHAPE_CHAIN");
@@ -121,13 +117,19 @@ void Session::configure(const pf_generate_params & params) {
         throw Error(PF_ERR_ARGUMENT, "n_stop_ids is set, but stop_ids is null");
     }
     check_ids(params.stop_ids, params.n_stop_ids);
+    const bool searches = params.budget == PF_BUDGET_AUTO;
     int32_t budget = drafter_ ? params.budget : 0;
+    if (drafter_ && searches) { // within what the session has set aside, if it has
+        budget = plan_.params.budget > 0 ? plan_.params.budget : PF_MAX_NODES - 1;
+    }
     if (drafter_ && params.shape == PF_SHAPE_CHAIN) {
         budget = std::min(budget, drafter_->block_size - 1); // a chain cannot be longer: no pads for what cannot be
     }
     runner_.reserve_tree(budget + 1);
     chooser_.configure(params);
     budget_ = budget;
+    searches_ = searches && budget > 0;
+    sampled_ = params.temperature > 0;
     shape_ = params.shape;
     copying_ = params.copying != 0;
     stop_ids_.assign(params.stop_ids, params.stop_ids + params.n_stop_ids);
@@ -184,9 +186,7 @@ void Session::append(const int32_t * ids, uint64_t n) {
 
 void Session::step(int32_t max_tokens, pf_step_result & out) {
     require_settled("step");
-    if (n_tokens() == n_) {
-        throw Error(PF_ERR_STATE, "step: nothing is pending; append at least one token first");
-    }
+    require_pending("step");
     if (max_tokens < 1) {
         throw Error(PF_ERR_ARGUMENT, "step: max_tokens must be at least 1");
     }
@@ -196,48 +196,43 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
     }
     bool root_stands = false; // committed on the way
     const auto draft_to_accept = [&] {
+        if (searches_) {
+            get_ready_to_search();
+        }
         Timer timer;
         const int32_t room = (int32_t) std::min<int64_t>({n_ctx_ - n_tokens(), max_tokens, PF_MAX_NODES});
+        spent_ = {};
+        spent_.graphs_built = runner_.counters().graphs_built;
 
-        // 1. Draft a block; look no deeper into it than what may still be said.
-        const int32_t block_depth = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
-        const int32_t n_depth = std::min(block_depth, room - 1);
-        const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
-        if (n_depth > 0) {
-            runner_.draft(pending(), n_, block_depth, n_rank, top_ids_.data(), top_logp_.data());
-            for (int32_t d = 0; d < n_depth; ++d) {
-                if (top_ids_[(size_t) (d * n_rank)] < 0) {
-                    throw_unusable("the drafter");
-                }
-            }
-        }
-        out.draft_ms = timer.lap_ms();
-
-        // 2. Build the tree, of what may be said: the block, and what must come next or else what can be copied.
-        Constraint * const constraint = constraint_ ? &*constraint_ : nullptr;
+        // 1. Draft a block, and 2. build the tree, no deeper than what may still be said.
+        Block block;
+        block.n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
+        block.n_drafted = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
+        const int32_t n_depth = std::min(block.n_drafted, room - 1);
         const int32_t n_line = n_depth > 0 ? std::min(budget_, room - 1) : 0;
-        Allowed allowed;
-        const Line * line = nullptr;
-        if (constraint) {
-            allowed = [&](const int32_t * path, int32_t n) { return constraint->allowed(path, n); };
-            line = constraint->forced(n_line);
+        if (searches_) {
+            search_tree(block, n_depth, n_line);
+        } else {
+            if (n_depth > 0) {
+                draft(block, n_depth);
+            }
+            out.draft_ms = timer.lap_ms();
+            propose_line(block, n_line);
+            grow_tree(block, n_depth > 0 ? budget_ : 0);
         }
-        if (!line && copying_ && n_line > 0) {
-            line =
-                copier_.propose(tokens_.data(), n_tokens(), n_line, top_ids_.data(), top_logp_.data(), n_depth, n_rank);
-        }
-        build_tree(top_ids_.data(), top_logp_.data(), n_depth, n_depth > 0 ? n_rank : 0, n_depth > 0 ? budget_ : 0,
-                   shape_, nullptr, pending(), line, allowed, tree_);
-        out.build_ms = timer.lap_ms();
+        out.draft_ms += spent_.draft_ms;
+        out.build_ms = timer.lap_ms() - spent_.draft_ms;
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.
+        const int32_t n_pass = searches_ ? pass_sizes[(size_t) pass_size_of(tree_.n_nodes)] : budget_ + 1;
         nodes_.n_real = tree_.n_nodes;
-        nodes_.n = tree_.n_nodes == 1 ? 1 : budget_ + 1;
+        nodes_.n = tree_.n_nodes == 1 ? 1 : n_pass;
         for (int32_t i = 0; i < nodes_.n; ++i) {
             i < tree_.n_nodes ? nodes_.set(i, tree_.token[i], tree_.parent[i], tree_.depth[i])
                               : nodes_.set(i, pending(), -1, 0);
         }
         PassOptions options;
+        Constraint * const constraint = constraint_ ? &*constraint_ : nullptr;
         const bool reads_logits = chooser_.reads_logits() || constraint;
         if (reads_logits) {
             logits_.resize((size_t) target_->n_vocab);
@@ -270,14 +265,23 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
             [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },
             accepted_);
         chooser_.end();
+        if (!constraint) { // else what the target chose was not only its own to choose
+            learn(block);
+        }
         out.accept_ms = timer.lap_ms();
+        spent_.pass_ms = out.build_ms + out.verify_ms + out.accept_ms;
 
         out.n_tokens = accepted_.n_path;
         std::copy(accepted_.tokens, accepted_.tokens + accepted_.n_path, out.tokens);
         out.n_nodes = tree_.n_nodes;
         out.max_depth = *std::max_element(tree_.depth, tree_.depth + tree_.n_nodes);
+        out.expected = 0;
+        for (int32_t i = 0; i < tree_.n_nodes; ++i) {
+            out.expected += std::exp((double) tree_.score[i]);
+        }
         out.stopped = accepted_.stopped ? 1 : 0;
         out.n_copied = copier_.n_right(accepted_.tokens, accepted_.n_path - 1);
+        proposed_.n = 0;
         uncommitted_ = true;
     };
     // Where what may be said leaves nothing to say, nothing is said, and all that stood still stands.
@@ -297,6 +301,77 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
     });
 }
 
+// The n_depth upper depths of a block; the graph is that of all that was asked for.
+void Session::draft(Block & block, int32_t n_depth) {
+    runner_.draft(pending(), n_, block.n_drafted, block.n_rank, top_ids_.data(), top_logp_.data());
+    for (int32_t d = 0; d < n_depth; ++d) {
+        if (top_ids_[(size_t) (d * block.n_rank)] < 0) {
+            throw_unusable("the drafter");
+        }
+    }
+    block.n_depth = n_depth;
+}
+
+// What is proposed besides the block: what must come next, or was asked for, or else can be copied.
+void Session::propose_line(const Block & block, int32_t n_most) {
+    line_ = constraint_ ? constraint_->forced(n_most) : nullptr;
+    if (!line_ && proposed_.n > 0 && n_most > 0) {
+        proposed_.n = std::min(proposed_.n, n_most);
+        line_ = &proposed_;
+    }
+    if (!line_ && copying_ && n_most > 0) {
+        line_ = copier_.propose(copy_rates(), tokens_.data(), n_tokens(), n_most, top_ids_.data(), top_logp_.data(),
+                                block.n_depth, block.n_rank);
+    }
+}
+
+// The tree of the block and the line, of what may be said.
+void Session::grow_tree(const Block & block, int32_t budget) {
+    Allowed allowed;
+    if (constraint_) {
+        allowed = [&](const int32_t * path, int32_t n) { return constraint_->allowed(path, n); };
+    }
+    build_tree(top_ids_.data(), top_logp_.data(), block.n_depth, block.n_depth > 0 ? block.n_rank : 0, budget, shape_,
+               searches_ ? &calibrator().learned() : nullptr, pending(), line_, allowed, tree_);
+}
+
+// The tree that is worth most, and a draft for it if that is worth its time.
+void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
+    Policy & policy = experience_.policy;
+    propose_line(block, n_line);
+    grow_tree(block, line_ ? budget_ : 0);
+    const bool proposed = line_ != nullptr;
+    Policy::Choice choice = policy.choose(tree_, budget_ + 1);
+    if (n_depth > 0 && policy.drafts(proposed)) {
+        Timer timer;
+        draft(block, n_depth);
+        spent_.draft_ms = timer.lap_ms();
+        propose_line(block, n_line);
+        grow_tree(block, budget_);
+        const Policy::Choice drafted = policy.choose(tree_, budget_ + 1);
+        policy.drafted(choice, drafted, proposed);
+        choice = drafted;
+    }
+    if (choice.n_nodes < tree_.n_nodes) {
+        grow_tree(block, choice.n_nodes - 1); // the likeliest of them
+    }
+}
+
+// From every node that was visited: which of the tokens drafted for the place below it did the target choose?
+void Session::learn(const Block & block) {
+    int32_t deviations = 0;
+    for (int32_t i = 0; i < accepted_.n_path; ++i) {
+        const int32_t node = accepted_.path[i], depth = tree_.depth[node];
+        if (depth >= block.n_depth) {
+            return;
+        }
+        deviations += tree_.rank[node] != 0 ? 1 : 0;
+        const size_t row = (size_t) (depth * block.n_rank);
+        calibrator().see(depth + 1, deviations, &top_logp_[row], block.n_rank,
+                         rank_of(accepted_.tokens[i], &top_ids_[row], block.n_rank));
+    }
+}
+
 // 5. Commit the accepted path, or the part of it that the caller keeps.
 void Session::commit(int32_t n_keep) {
     if (!uncommitted_) {
@@ -306,6 +381,7 @@ void Session::commit(int32_t n_keep) {
         throw Error(PF_ERR_ARGUMENT, "commit: n_keep is " + std::to_string(n_keep) + ", but the step has 1 to " +
                                          std::to_string(accepted_.n_path) + " tokens");
     }
+    Timer timer;
     reset_on_error([&] {
         if (tree_.n_nodes > 1) {
             runner_.commit(accepted_.path, n_keep, nodes_.n, n_);
@@ -316,154 +392,80 @@ void Session::commit(int32_t n_keep) {
         n_ += n_keep;
         tokens_.insert(tokens_.end(), accepted_.tokens, accepted_.tokens + n_keep);
         std::for_each(accepted_.tokens, accepted_.tokens + n_keep, [&](int32_t id) { chooser_.counts.say(id); });
-        copier_.learn(accepted_.tokens, n_keep);
+        copier_.learn(accepted_.tokens, n_keep, copy_rates());
         copier_.grow(tokens_.data(), n_tokens());
         uncommitted_ = false;
     });
-}
-
-// ---- going back, keeping, moving ---------------------------------------------------------------------------------
-
-void Session::get_tokens(int64_t first, int64_t n, int32_t * out) const {
-    if (first < 0 || n < 0 || first > n_tokens() || n > n_tokens() - first) {
-        throw Error(PF_ERR_ARGUMENT, "get_tokens: " + std::to_string(n) + " tokens from " + std::to_string(first) +
-                                         " on, but the session holds " + std::to_string(n_tokens()));
-    }
-    std::copy_n(tokens_.begin() + first, n, out);
-}
-
-void Session::require_empty(const char * what) const {
-    require_settled(what);
-    if (n_tokens() > 0) {
-        throw Error(PF_ERR_STATE, std::string(what) + ": the session holds " + std::to_string(n_tokens()) +
-                                      " tokens; reset it first");
+    if (searches_) {
+        experience_.policy.finished(n_keep, nodes_.n, spent_.draft_ms, spent_.pass_ms + timer.lap_ms(),
+                                    runner_.counters().graphs_built == spent_.graphs_built);
     }
 }
 
-void Session::check_state(const char * what, const int32_t * ids, int64_t n, const void * state, uint64_t size) const {
-    const uint64_t wanted = pf::state_bytes(runner_.caches(), n);
-    if (!state || size != wanted) {
-        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": the state has " + std::to_string(state ? size : 0) +
-                                         " bytes, but that of " + std::to_string(n) + " committed tokens has " +
-                                         std::to_string(wanted) + " here");
-    }
-    if (!is_state_of(state, ids, n)) {
-        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": the state is not that of these " + std::to_string(n) +
-                                         " tokens; give what get_state gave when the session stood at them");
+// ---- what steps take ---------------------------------------------------------------------------------------------
+
+void Session::require_pending(const char * what) const {
+    if (n_tokens() == n_) {
+        throw Error(PF_ERR_STATE, std::string(what) + ": nothing is pending; append at least one token first");
     }
 }
 
-uint64_t Session::state_bytes(int64_t n) const {
-    return n < 0 ? 0 : pf::state_bytes(runner_.caches(), n);
-}
-
-void Session::get_state(void * out, uint64_t size) const {
-    require_settled("get_state");
-    if (size != state_bytes(n_)) {
-        throw Error(PF_ERR_ARGUMENT, "get_state: there is room for " + std::to_string(size) +
-                                         " bytes, but the state has " + std::to_string(state_bytes(n_)));
+// One pass over so many nodes that nothing comes of: what it leaves behind the committed rows is as if it had not been.
+double Session::time_pass(int32_t n_nodes) {
+    nodes_.n = nodes_.n_real = n_nodes;
+    for (int32_t i = 0; i < n_nodes; ++i) {
+        nodes_.set(i, pending(), i - 1, i);
     }
-    pf::get_state(runner_.caches(), tokens_.data(), n_, out);
+    PassOptions options;
+    options.head = chooser_.reads_logits() || constraint_ ? PassHead::logits : PassHead::choice;
+    options.taps = taps();
+    Timer timer;
+    runner_.pass(nodes_, n_, options);
+    return timer.lap_ms();
 }
 
-void Session::rewind(int64_t n, const void * state, uint64_t size) {
-    require_settled("rewind");
-    if (n < 0 || n > n_) {
-        throw Error(PF_ERR_ARGUMENT, "rewind: to " + std::to_string(n) + " tokens, but the session has 0 to " +
-                                         std::to_string(n_) + " committed ones to go back to");
-    }
-    if (n == 0) {
-        return reset();
-    }
-    if (n < n_ || size > 0) {
-        check_state("rewind", tokens_.data(), n, state, size);
-        set_state(runner_.caches(), n, state);
-    }
-    n_ = n;
-    copier_.shrink(tokens_.data(), n);
-    tokens_.resize((size_t) n);
-    chooser_.counts.rebuild(tokens_.data(), (uint64_t) n);
-}
-
-int32_t Session::n_kv() const {
-    return n_kv_tensors(runner_.caches());
-}
-
-uint64_t Session::kv_row_bytes(int32_t tensor) const {
-    return tensor < 0 || tensor >= n_kv() ? 0 : kv_tensor(runner_.caches(), tensor)->nb[1];
-}
-
-void Session::check_kv(const char * what, int32_t tensor, int64_t first, int64_t n, int64_t n_rows,
-                       uint64_t size) const {
-    if (tensor < 0 || tensor >= n_kv()) {
-        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": there is no cache tensor " + std::to_string(tensor) +
-                                         "; there are " + std::to_string(n_kv()));
-    }
-    if (first < 0 || n < 0 || first > n_rows || n > n_rows - first) {
-        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": " + std::to_string(n) + " rows from " +
-                                         std::to_string(first) + " on, but there are " + std::to_string(n_rows));
-    }
-    if (size != (uint64_t) n * kv_row_bytes(tensor)) {
-        throw Error(PF_ERR_ARGUMENT, std::string(what) + ": " + std::to_string(size) + " bytes, but " +
-                                         std::to_string(n) + " rows of tensor " + std::to_string(tensor) + " have " +
-                                         std::to_string((uint64_t) n * kv_row_bytes(tensor)));
-    }
-}
-
-void Session::get_kv(int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size) const {
-    require_settled("get_kv");
-    check_kv("get_kv", tensor, first, n, n_, size);
-    ggml_backend_tensor_get(kv_tensor(runner_.caches(), tensor), out, (size_t) first * kv_row_bytes(tensor), size);
-}
-
-void Session::set_kv(int32_t tensor, int64_t first, int64_t n, const void * rows, uint64_t size) {
-    require_empty("set_kv");
-    check_kv("set_kv", tensor, first, n, n_ctx_, size);
-    ggml_backend_tensor_set(kv_tensor(runner_.caches(), tensor), rows, (size_t) first * kv_row_bytes(tensor), size);
-}
-
-void Session::restore(const int32_t * ids, int64_t n, const void * state, uint64_t size) {
-    require_empty("restore");
-    require(n >= 0, "restore: the number of tokens is negative");
-    check_ids(ids, (uint64_t) n);
-    check_room((uint64_t) n);
-    check_state("restore", ids, n, state, size);
-    set_state(runner_.caches(), n, state);
-    tokens_.assign(ids, ids + n);
-    n_ = n;
-    chooser_.counts.rebuild(ids, (uint64_t) n);
-    copier_.grow(ids, n);
-}
-
-void Session::copy(const Session & from) {
-    require_settled("copy");
-    from.require_settled("copy");
-    if (this == &from) {
+void Session::measure_costs() {
+    Policy & policy = experience_.policy;
+    policy.begin(n_);
+    if (policy.costs.known(policy.row())) {
         return;
     }
-    const pf_session_params &a = plan_.params, &b = from.plan_.params;
-    if (target_ != from.target_ || drafter_ != from.drafter_) {
-        throw Error(PF_ERR_MISMATCH, "copy: the two sessions were opened on different models");
+    const auto time_draft = [&] {
+        Timer timer;
+        if (drafter_ && budget_ > 0) {
+            const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
+            runner_.draft(pending(), n_, std::min(drafter_->block_size - 1, budget_), n_rank, top_ids_.data(),
+                          top_logp_.data());
+            return timer.lap_ms();
+        }
+        return 0.0;
+    };
+    policy.costs.measure(policy.row(), budget_ + 1, [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
+}
+
+void Session::get_ready_to_search() {
+    measure_costs();
+    Policy & policy = experience_.policy;
+    const int32_t size = policy.to_measure(budget_ + 1);
+    if (size >= 0) {
+        policy.costs.saw_pass(policy.row(), size, time_pass(pass_sizes[(size_t) size]));
     }
-    if (a.type_k != b.type_k || a.type_v != b.type_v || a.n_ring != b.n_ring || a.n_batch != b.n_batch) {
-        throw Error(PF_ERR_MISMATCH, "copy: the two sessions have different KV types, n_ring or n_batch");
-    }
-    if (from.n_tokens() > n_ctx_) {
-        throw Error(PF_ERR_CONTEXT, "copy: the other session holds " + std::to_string(from.n_tokens()) +
-                                        " tokens, which do not fit into n_ctx " + std::to_string(n_ctx_));
-    }
-    runner_.reserve_tree(from.budget_ + 1);
-    reset_on_error([&] {
-        budget_ = from.budget_;
-        shape_ = from.shape_;
-        copying_ = from.copying_;
-        stop_ids_ = from.stop_ids_;
-        chooser_ = from.chooser_;
-        copy_timeline(from.runner_.caches(), runner_.caches(), from.n_);
-        tokens_ = from.tokens_;
-        n_ = from.n_;
-        copier_.copy(from.copier_, tokens_.data(), n_tokens());
-    });
+}
+
+const Costs::Row & Session::costs() {
+    require_settled("costs");
+    require_pending("costs");
+    reset_on_error([&] { measure_costs(); });
+    return experience_.policy.costs.row(experience_.policy.row());
+}
+
+void Session::propose(const int32_t * ids, int32_t n) {
+    require_settled("propose");
+    require(n >= 0 && n < PF_MAX_NODES, "propose: a line has 0 to 63 tokens");
+    check_ids(ids, (uint64_t) n);
+    proposed_.n = n;
+    std::copy_n(ids, n, proposed_.token);
+    std::fill_n(proposed_.logp, n, 0.0f);
 }
 
 // ---- for anyone who wants to check us ----------------------------------------------------------------------------

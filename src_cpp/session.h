@@ -6,16 +6,19 @@
 // without branches. After an error in the middle of a pass the session is reset.
 #pragma once
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "error.h"
 #include "plan.h"
 #include "runner.h"
 #include "spec/accept.h"
 #include "spec/chooser.h"
 #include "spec/constraint.h"
 #include "spec/copier.h"
+#include "spec/experience.h"
 #include "spec/tree.h"
 
 namespace pf {
@@ -44,6 +47,12 @@ class Session {
         chooser_.logprobs(logp, top_ids, top_logp);
     }
 
+    // See pf_session_get_costs and pf_session_propose.
+    const Costs::Row & costs();
+    const Experience & experience() const { return experience_; }
+    void set_experience(const Experience & given) { experience_ = given; }
+    void propose(const int32_t * ids, int32_t n);
+
     // Going back, keeping and moving a timeline; what is what is in snapshot.h.
     uint64_t state_bytes(int64_t n) const; // of n committed tokens
     void get_state(void * out, uint64_t size) const;
@@ -65,15 +74,29 @@ class Session {
     void check_ids(const int32_t * ids, uint64_t n) const;
     void check_room(uint64_t n) const;
     void require_settled(const char * what) const;
+    void require_pending(const char * what) const;
     void require_empty(const char * what) const;
     void check_kv(const char * what, int32_t tensor, int64_t first, int64_t n, int64_t n_rows, uint64_t size) const;
     void check_state(const char * what, const int32_t * ids, int64_t n, const void * state, uint64_t size) const;
     int32_t pending() const { return tokens_.back(); } // where there is one
-    template <class Body>
-    void reset_on_error(Body && body);
-    template <class Body, class Stands>
-    void reset_on_error(Body && body, Stands && stands);
+    void reset_on_error(const std::function<void()> & body, const std::function<bool(const Error &)> & stands = {});
     const std::vector<int32_t> * taps() const { return drafter_ ? &drafter_->taps : nullptr; }
+    // With a fixed budget a run is the same whatever was learned before, to the last bit.
+    CopyRates & copy_rates() { return searches_ ? experience_.copying : fixed_rates_; }
+    Calibrator & calibrator() { return sampled_ ? experience_.sampled : experience_.greedy; }
+
+    // What was drafted in this step: the upper n_depth of n_drafted depths, n_rank choices each; 0: nothing.
+    struct Block {
+        int32_t n_depth = 0, n_drafted = 0, n_rank = 1;
+    };
+    void draft(Block & block, int32_t n_depth);
+    void propose_line(const Block & block, int32_t n_most);
+    void grow_tree(const Block & block, int32_t budget);
+    void search_tree(Block & block, int32_t n_depth, int32_t n_line);
+    void learn(const Block & block);
+    void measure_costs();
+    void get_ready_to_search();
+    double time_pass(int32_t n_nodes);
 
     std::shared_ptr<const Target> target_;
     std::shared_ptr<const Drafter> drafter_; // null: plain decoding
@@ -83,11 +106,15 @@ class Session {
     Runner runner_;
     Chooser chooser_;
     Copier copier_;
+    Experience experience_;
+    CopyRates fixed_rates_; // of this timeline
     std::optional<Constraint> constraint_;
 
     std::vector<int32_t> tokens_; // the timeline: the committed tokens, then the pending one if there is one
     int64_t n_ = 0;               // committed tokens
-    int32_t budget_ = 0;
+    int32_t budget_ = 0;          // at most so many nodes besides the root
+    bool searches_ = false;       // each step's number is the policy's to choose
+    bool sampled_ = false;
     int32_t shape_ = PF_SHAPE_TREE;
     bool copying_ = true;
     std::vector<int32_t> stop_ids_;
@@ -95,7 +122,13 @@ class Session {
     Tree tree_; // of the last step
     Accepted accepted_;
     bool uncommitted_ = false;
+    struct Spent {
+        double draft_ms, pass_ms;
+        uint64_t graphs_built; // by its beginning
+    } spent_ = {};             // in it
 
+    Line proposed_;                // for the next step; none when it has no tokens
+    const Line * line_ = nullptr;  // of the step's tree
     Nodes nodes_;                  // work memory, sized once
     std::vector<int32_t> top_ids_; // [n_depth, n_rank], what was drafted
     std::vector<float> top_logp_;

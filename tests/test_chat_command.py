@@ -19,7 +19,7 @@ from pydflash.cli.lines import history_file
 from tests.pseudo_terminal import CTRL_C, CTRL_D, PseudoTerminal
 
 COMMAND = [sys.executable, "-m", "pydflash"]
-SESSION = ("--n-ctx", "4096", "--kv-type", "f32", "--n-threads", "1")
+SESSION = ("--n-ctx", "4096", "--kv-type", "f32", "--n-threads", "1", "--budget", "16")
 SHORT = (*SESSION, "--n-gen", "16", "--temperature", "0.8", "--seed", "5")  # greedily, all answers are much the same
 ENDLESS = (*SESSION, "--ignore-eos", "--temperature", "1", "--seed", "5", "--budget", "0")
 CUT = "cut: it has reached --n-gen, or the context is full\n"
@@ -51,7 +51,7 @@ def terminal(tmp_path: Path, *arguments: str, **env: str) -> PseudoTerminal:
 
 @pytest.fixture
 def session() -> pydflash.Session:
-    with pydflash.Session(n_ctx=4096, kv_type="f32", n_threads=1) as session:
+    with pydflash.Session(n_ctx=4096, kv_type="f32", budget=16, n_threads=1) as session:
         yield session
 
 
@@ -246,7 +246,7 @@ def test_drafted_tokens_in_another_shade(tmp_path: Path, chat: Chat) -> None:
         assert STYLES.sub("", answer).replace("\r\n", "\n").endswith((plain, plain + CUT))
         return answer
 
-    with pydflash.Session(n_ctx=4096, kv_type="f32", n_threads=1) as session:
+    with pydflash.Session(n_ctx=4096, kv_type="f32", budget=16, n_threads=1) as session:
         chunks = list(session.stream_ask("def fibonacci(n):", max_tokens=16, temperature=0.8, seed=5))
         n_drafted = sum(len(session.detokenize(chunk.ids[:-1])) for chunk in chunks)
     green = "".join(re.findall(r"\x1b\[32m(.*?)\x1b\[0m", shown().replace("\r\n", "\n"), re.DOTALL))

@@ -53,8 +53,8 @@ def pair(tiny_target: Path, tiny_draft: Path) -> tuple[object, ...]:
 
 
 def test_json_is_what_a_session_says(pair: tuple[object, ...], tiny_session: pydflash.Session) -> None:
-    found = run_json(*pair, "--prompt", "the tree", "--n-gen", 24, *SAMPLED)
-    expected = tiny_session.generate("the tree", max_tokens=24, temperature=1.0, seed=5)
+    found = run_json(*pair, "--prompt", "the tree", "--n-gen", 24, "--budget", 16, *SAMPLED)
+    expected = tiny_session.generate("the tree", max_tokens=24, budget=16, temperature=1.0, seed=5)
     assert set(found) == KEYS
     assert set(found["ms"]) == {"draft", "build", "verify", "accept", "commit"}
     assert found["ids"] == expected.ids

@@ -33,7 +33,7 @@ SAMPLED: dict[str, Any] = {"temperature": 1.0, "seed": 5, "ignore_eos": True}
 
 
 def test_result(tiny_session: Session) -> None:
-    result = tiny_session.generate(PROMPT, max_tokens=40, **SAMPLED)
+    result = tiny_session.generate(PROMPT, max_tokens=40, budget=16, **SAMPLED)
     stats = result.stats
     assert result.finish_reason == "length"
     assert len(result.ids) == stats.n_generated == 40
@@ -191,7 +191,7 @@ def test_a_run_goes_on_after_a_stop_string_as_if_it_had_been_shorter(tiny_sessio
 
 def test_stops_in_the_middle_of_an_accepted_path(agreeing_pair: tuple[Path, Path]) -> None:
     settings: dict[str, Any] = {"max_tokens": 60, "temperature": 1.0, "seed": 3}
-    with Session(*agreeing_pair, kv_type="f32", n_threads=1) as session:
+    with Session(*agreeing_pair, kv_type="f32", budget=16, n_threads=1) as session:
         free = session.generate("a", **settings)
         assert free.mean_accepted > 2
         assert set(free.text) == set("abcd")
@@ -599,6 +599,7 @@ def step(n_tokens: int, n_nodes: int, max_depth: int) -> SimpleNamespace:
         n_tokens=n_tokens,
         n_nodes=n_nodes,
         max_depth=max_depth,
+        expected=1.5,
         draft_ms=1.0,
         build_ms=2.0,
         verify_ms=3.0,
@@ -620,7 +621,7 @@ def test_tally() -> None:
     assert stats.accepted_by_depth == [2 / 3, 1 / 2, 0.0, 0.0]
     assert stats.offered_by_depth == [3, 2, 1, 1]
     assert (stats.n_drafted, stats.tree_used) == (24, 3 / 24)
-    assert stats.mean_accepted == 2.0
+    assert (stats.mean_accepted, stats.mean_expected) == (2.0, 1.5)
     assert stats.ms == {"draft": 3.0, "build": 6.0, "verify": 9.0, "accept": 12.0, "commit": 1.5}
     assert (stats.prefill_tps, stats.prefill_ms, stats.decode_tps) == (20.0, 500.0, 12.0)
     assert stats.as_dict()["n_prompt"] == 11

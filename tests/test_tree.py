@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT_TOKEN = 7
+IDENTITY = np.eye(12)[1]
 
 
 class Node(NamedTuple):
@@ -28,12 +29,11 @@ def call(
     budget,
     *,
     shape=lib.PF_SHAPE_TREE,
-    rate=None,
+    weight=None,
     line=None,
     allowed=None,
     n_depth=None,
     n_rank=None,
-    n_bins=None,
 ):
     """Status and nodes of one pf_tree_build; the sizes are the arrays' own unless given.
 
@@ -46,13 +46,8 @@ def call(
     score = np.full(n, np.nan, np.float32)
     n_nodes = ffi.new("int32_t *", -1)
     calibration = ffi.NULL
-    if rate is not None:
-        rate = np.ascontiguousarray(rate, np.float32)
-        calibration = ffi.new("pf_calibration *")
-        calibration.n_deviations, calibration.n_bins = rate.shape
-        calibration.rate = ffi.from_buffer("float[]", rate)
-        if n_bins is not None:
-            calibration.n_bins = n_bins
+    if weight is not None:
+        calibration = ffi.new("pf_calibration *", {"weight": list(map(float, weight))})
     along = ffi.NULL
     if line is not None:
         tokens = ffi.new("int32_t[]", [token for token, _ in line])
@@ -115,27 +110,35 @@ def log(probability):
     return math.log(probability) if probability > 0 else -math.inf
 
 
-def conditionals(logp, rate=None):
+def features(p, first, rank, depth, deviations):
+    """What the calibration weighs, as pydflash.h says: of a token with probability p, first that of rank 0."""
+    p, first = min(p, math.exp(-1e-4)), min(first, math.exp(-1e-4))
+    odds, top, left = math.log(p / (1 - p)) if p > 0 else -math.inf, float(rank == 0), math.log1p(min(deviations, 3))
+    rest = 0.0 if rank == 0 else math.log(1 - first)
+    deep, log_depth = float(depth > 1), math.log(depth)
+    return [
+        *(1.0, odds, top, top * odds if top else 0.0, math.log1p(rank), rest, deep, log_depth),
+        *(log_depth * odds if depth > 1 else 0.0, left, left * odds if left else 0.0, left * top),
+    ]
+
+
+def conditionals(logp, weight=None):
     """f(depth, deviations) -> log-probability of each rank there, as pydflash.h says."""
     logp = np.asarray(logp, np.float32).astype(np.float64)
 
     def of(depth, deviations):
         row = logp[depth - 1]
-        if rate is None:
+        if weight is None:
             return row.tolist()
-        p = np.exp(row)
-        n_deviations, n_bins = np.shape(rate)
-        hit = float(np.float32(rate[min(deviations, n_deviations - 1)][min(int(p[0] * n_bins), n_bins - 1)]))
-        rest = max(1 - p[0], p[1:].sum())
-        shares = [hit, *((1 - hit) * p[1:] / rest if rest > 0 else np.zeros(len(p) - 1))]
-        return [log(share) for share in np.minimum.accumulate(shares)]
+        x = [features(math.exp(own), math.exp(row[0]), rank, depth, deviations) for rank, own in enumerate(row)]
+        return np.minimum.accumulate(-np.logaddexp(0, -np.array(x) @ np.asarray(weight))).tolist()
 
     return of
 
 
-def ddtree(logp, budget, rate=None):
+def ddtree(logp, budget, weight=None):
     """The official algorithm: (path, score) of the nodes, in the order the heap gives them."""
-    of = conditionals(logp, rate)
+    of = conditionals(logp, weight)
     n_depth, n_rank = np.shape(logp)
 
     def candidate(path, parent_score):
@@ -173,9 +176,9 @@ def prefix_closed_sets(n_depth, n_rank, size):
     return level
 
 
-def best_sum(logp, size, rate=None):
+def best_sum(logp, size, weight=None):
     """The most tokens a set of `size` nodes can be expected to have accepted."""
-    of = conditionals(logp, rate)
+    of = conditionals(logp, weight)
     n_depth, n_rank = np.shape(logp)
     chance = {(): 1.0}
     for _ in range(n_depth):
@@ -205,12 +208,10 @@ def rows(draw, max_depth=8, max_rank=6):
     return -np.sort(-np.array(values, np.float32).reshape(n_depth, n_rank), -1)
 
 
-@st.composite
-def tables(draw):
-    shape = draw(st.integers(1, 4)), draw(st.integers(1, 5))
-    rate = st.one_of(st.sampled_from([0.0, 0.5, 1.0]), st.floats(0, 1, width=32))
-    values = draw(st.lists(rate, min_size=shape[0] * shape[1], max_size=shape[0] * shape[1]))
-    return np.array(values, np.float32).reshape(shape)
+def weights():
+    """Identity, and off it in any direction, as far as learning could lead."""
+    off = st.lists(st.one_of(st.just(0.0), st.floats(-2, 2, width=32)), min_size=12, max_size=12)
+    return off.map(lambda values: np.array(values) + IDENTITY)
 
 
 # ---- tests -------------------------------------------------------------------------------------------------------
@@ -260,33 +261,32 @@ def test_no_prefix_closed_set_is_likelier(seed, calibrated):
     rng = np.random.default_rng(seed)
     n_depth, n_rank, budget = rng.integers(1, 4), rng.integers(1, 4), rng.integers(1, 7)
     logp = random_rows(rng, n_depth, n_rank, spread=rng.uniform(1, 5), n_vocab=6)
-    rate = rng.choice([0.0, 0.1, 0.5, 0.9, 1.0, rng.random()], (rng.integers(1, 4), rng.integers(1, 5)))
-    rate = rate if calibrated else None
-    nodes = build(logp, budget, rate=rate)
+    weight = IDENTITY + rng.normal(0, 0.5, 12) if calibrated else None
+    nodes = build(logp, budget, weight=weight)
     size = len(nodes) - 1
     assert size == min(budget, sum(n_rank**depth for depth in range(1, n_depth + 1)))
-    of = conditionals(logp, rate)
+    of = conditionals(logp, weight)
     chance = [1.0]
     for node, path in list(zip(nodes, paths(nodes), strict=True))[1:]:
         deviations = sum(rank > 0 for rank in path[:-1])
         chance.append(chance[node.parent] * math.exp(of(node.depth, deviations)[node.rank]))
     assert np.exp([node.score for node in nodes]) == pytest.approx(chance, rel=1e-5, abs=1e-30)
-    assert sum(chance[1:]) == pytest.approx(best_sum(logp, size, rate), rel=1e-12)
+    assert sum(chance[1:]) == pytest.approx(best_sum(logp, size, weight), rel=1e-12)
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows(), tables(), st.integers(0, 63))
-def test_calibrated_scores(logp, rate, budget):
+@given(rows(), weights(), st.integers(0, 63))
+def test_calibrated_scores(logp, weight, budget):
     """Scores are the definition's, and the multiset of them is the best-first one (ties may fall by a rounding)."""
-    nodes = build(logp, budget, rate=rate)
-    expected = sorted(math.exp(score) for _, score in ddtree(logp, budget, rate))
+    nodes = build(logp, budget, weight=weight)
+    expected = sorted(math.exp(score) for _, score in ddtree(logp, budget, weight))
     assert sorted(math.exp(node.score) for node in nodes[1:]) == pytest.approx(expected, rel=1e-5, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows(), st.one_of(st.none(), tables()), st.integers(0, 63))
-def test_what_any_tree_must_be(logp, rate, budget):
-    nodes = build(logp, budget, rate=rate)
+@given(rows(), st.one_of(st.none(), weights()), st.integers(0, 63))
+def test_what_any_tree_must_be(logp, weight, budget):
+    nodes = build(logp, budget, weight=weight)
     n_depth, n_rank = logp.shape
     everything = sum(n_rank**depth for depth in range(1, n_depth + 1))
     assert len(nodes) == 1 + min(budget, everything)
@@ -306,56 +306,123 @@ def test_what_any_tree_must_be(logp, rate, budget):
     # A sibling of lower rank is always there too, and with one node less only one is missing.
     assert all((*path[:-1], path[-1] - 1) in every_path for path in every_path if path and path[-1] > 0)
     if budget:
-        assert set(paths(build(logp, budget - 1, rate=rate))) <= set(every_path)
+        assert set(paths(build(logp, budget - 1, weight=weight))) <= set(every_path)
     # The same call gives the same tree.
-    assert build(logp, budget, rate=rate) == nodes
+    assert build(logp, budget, weight=weight) == nodes
 
 
 @settings(deadline=None, max_examples=50)
-@given(rows(max_depth=63), st.one_of(st.none(), tables()), st.integers(0, 63))
-def test_chain_is_the_rank_0_path(logp, rate, budget):
-    nodes = build(logp, budget, rate=rate, shape=lib.PF_SHAPE_CHAIN)
+@given(rows(max_depth=63), st.one_of(st.none(), weights()), st.integers(0, 63))
+def test_chain_is_the_rank_0_path(logp, weight, budget):
+    nodes = build(logp, budget, weight=weight, shape=lib.PF_SHAPE_CHAIN)
     assert paths(nodes) == [(0,) * depth for depth in range(min(budget, logp.shape[0]) + 1)]
-    of = conditionals(logp, rate)
+    of = conditionals(logp, weight)
     scores = np.cumsum([0.0] + [of(depth, 0)[0] for depth in range(1, len(nodes))])
     assert [node.score for node in nodes] == pytest.approx(scores, rel=1e-6)
 
 
-def test_deviations_and_bins_pick_the_rate():
-    # Rank 0 has 0.6 at depth 1 (bin 1 of 2), 0.4 at depth 2 (bin 0), 0.6 at depth 3.
-    logp = np.log([[0.6, 0.3], [0.4, 0.35], [0.6, 0.3]])
-    rate = [[0.50, 0.90], [0.70, 0.80], [0.20, 0.55]]
-    chance = chances(build(logp, 14, rate=rate))
-    assert chance[(0,)] == pytest.approx(0.9)
-    assert chance[(1,)] == pytest.approx(0.1 * 0.3 / 0.4)
-    assert chance[(0, 0)] == pytest.approx(0.9 * 0.5)
-    assert chance[(0, 1)] == pytest.approx(0.9 * 0.5 * 0.35 / 0.6)
-    assert chance[(1, 0)] == pytest.approx(0.075 * 0.7)  # one deviation: the second line
-    assert chance[(1, 0, 0)] == pytest.approx(0.075 * 0.7 * 0.8)
-    assert chance[(1, 1, 0)] == pytest.approx(0.075 * (0.3 * 0.35 / 0.6) * 0.55)  # two: the third
-    # The last line stands for all that is more: two lines only give two deviations the second.
-    chance = chances(build(logp, 14, rate=rate[:2]))
-    assert chance[(1, 1, 0)] == pytest.approx(0.075 * (0.3 * 0.35 / 0.6) * 0.8)
+def test_identity_is_the_drafters_own():
+    logp = np.log([[0.6, 0.3], [0.4, 0.35], [0.99999, 1e-6]])
+    chance = chances(build(logp, 14, weight=IDENTITY))
+    assert chance[(1, 0)] == pytest.approx(0.3 * 0.4)
+    assert chance[(0, 1)] == pytest.approx(0.6 * 0.35)
+    assert chance[(0, 0, 0)] == pytest.approx(0.6 * 0.4 * math.exp(-1e-4))  # nothing is certain
+
+
+def test_each_weight_has_its_place():
+    """Log-odds by hand for depth 3, rank 1 of p = 0.2 where rank 0 has 0.6, two tokens of other ranks above."""
+    logp = np.log([[0.5, 0.4], [0.5, 0.4], [0.6, 0.2]])
+    odds = math.log(0.2 / 0.8)
+    by_hand = [1, odds, 0, 0, math.log(2), math.log(0.4), 1, math.log(3), math.log(3) * odds]
+    by_hand += [math.log(3), math.log(3) * odds, 0]
+    for i, x in enumerate(by_hand):
+        weight = IDENTITY + 0.125 * np.eye(12)[i]
+        chance = chances(build(logp, 14, weight=weight))
+        found = chance[(1, 1, 1)] / chance[(1, 1)]
+        assert math.log(found / (1 - found)) == pytest.approx(odds + 0.125 * x, rel=1e-4), i
+    # Rank 0 there has weights of its own.
+    chance = chances(build(logp, 14, weight=IDENTITY + 0.25 * np.eye(12)[2] + 0.5 * np.eye(12)[11]))
+    found = chance[(1, 1, 0)] / chance[(1, 1)]
+    assert math.log(found / (1 - found)) == pytest.approx(math.log(0.6 / 0.4) + 0.25 + 0.5 * math.log(3), rel=1e-4)
 
 
 def test_a_rank_never_scores_above_the_one_before():
-    # Never right at rank 0, says the table: rank 1 would have 0.3 / 0.4, but is held down to rank 0's.
-    assert [node.score for node in build(np.log([[0.6, 0.3]]), 2, rate=[[0.0]])] == [0, -math.inf, -math.inf]
-    scores = [node.score for node in build(np.log([[0.6, 0.3, 0.1]]), 3, rate=[[0.3]])]
-    assert np.exp(scores) == pytest.approx([1, 0.3, 0.3, 0.7 * 0.1 / 0.4])
+    # Rank 0 is never right, say the weights: rank 1 would have 0.3, but is held down to rank 0's.
+    scores = [node.score for node in build(np.log([[0.6, 0.3]]), 2, weight=IDENTITY - 10 * np.eye(12)[2])]
+    assert scores[1] == scores[2] == pytest.approx(math.log(0.6 / 0.4) - 10, rel=1e-3)
 
 
-def test_rates_of_zero_and_one_come_last_and_stay_deterministic():
-    logp = np.log([[0.6, 0.3], [0.6, 0.3]])
-    # Rank 0 is certain at depth 1; after it, nothing is likely.
-    assert paths(build(logp, 6, rate=[[1.0], [0.0]])) == [(), (0,), (0, 0), (0, 1), (1,), (1, 0), (1, 1)]
-    # A drafter so sure that nothing is left for the others, in float32.
+def test_weights_without_measure_stay_deterministic():
     sure = [[0.0, -200.0], [0.0, -3e38]]
-    for rate in ([[0.9]], [[1.0]], [[0.0]]):
-        nodes = build(sure, 6, rate=rate)
-        assert len(nodes) == 7
-        assert not any(math.isnan(node.score) for node in nodes)
-    assert math.exp(build(sure, 6, rate=[[0.9]])[2].score) == pytest.approx(0.81)
+    for size in (1e6, -1e6):
+        for i in range(12):
+            nodes = build(sure, 6, weight=IDENTITY + size * np.eye(12)[i])
+            assert len(nodes) == 7
+            assert not any(math.isnan(node.score) for node in nodes)
+
+
+# ---- learning the weights ------------------------------------------------------------------------------------------
+
+
+def learned(depth, deviations, logp, chosen):
+    out = ffi.new("pf_calibration *")
+    arrays = [np.ascontiguousarray(x, np.int32) for x in (depth, deviations, chosen)]
+    logp = np.ascontiguousarray(logp, np.float32)
+    ints = [ffi.from_buffer("int32_t[]", x) for x in arrays]
+    status = lib.pf_calibrate(ints[0], ints[1], ffi.from_buffer("float[]", logp), ints[2], *logp.shape, out)
+    assert status == lib.PF_OK, ffi.string(lib.pf_last_error()).decode()
+    return np.array(list(out.weight))
+
+
+def visited(rng, truth, n):
+    """Nodes of a target that chooses as the weights say, as far as they leave each rank a share."""
+    logp = random_rows(rng, n, 6, spread=3)
+    depth, deviations = rng.integers(1, 16, n), rng.integers(0, 4, n)
+    chosen = np.full(n, -1)
+    for i in range(n):
+        z = [
+            np.dot(truth, features(math.exp(own), math.exp(logp[i, 0]), rank, depth[i], deviations[i]))
+            for rank, own in enumerate(logp[i])
+        ]
+        share = 1 / (1 + np.exp(-np.array(z)))
+        share = np.append(share, max(0.0, 1 - share.sum()))
+        chosen[i] = rng.choice(7, p=share / share.sum())
+    return depth, np.minimum(deviations, depth - 1), logp, np.where(chosen == 6, -1, chosen)
+
+
+def test_one_node_moves_the_weights_by_newtons_step():
+    logp = np.log([[0.5, 0.25, 0.125]])
+    x = np.array([features(p, 0.5, rank, 4, 1) for rank, p in enumerate((0.5, 0.25, 0.125))])
+    p = 1 / (1 + np.exp(-x @ IDENTITY))
+    precision = 8 * np.eye(12) + (x * (p * (1 - p))[:, None]).T @ x
+    step = np.linalg.solve(precision, x.T @ (np.array([0, 1, 0]) - p))
+    assert learned([4], [1], logp, [1]) == pytest.approx(IDENTITY + step, abs=1e-6)
+
+
+def test_learns_to_predict_what_the_target_chooses():
+    rng = np.random.default_rng(5)
+    truth = IDENTITY * 0.8 + np.array([0, 0, 0.6, 0, -0.3, 0.2, 0.3, 0.1, 0.05, -0.6, 0, -0.3])
+    weight = learned(*visited(rng, truth, 4000))
+    depth, deviations, logp, chosen = visited(rng, truth, 4000)
+    said = np.zeros(2)
+    for i in range(len(chosen)):
+        for k, w in enumerate((IDENTITY, weight)):
+            of = conditionals(logp[i : i + 1].repeat(depth[i], 0), w)
+            said[k] += math.exp(of(depth[i], deviations[i])[0])
+    right = (chosen == 0).sum()
+    assert abs(said[1] / right - 1) < 0.03 < 0.1 < abs(said[0] / right - 1)
+
+
+def test_learning_refuses_what_is_no_node():
+    good = ([1], [0], [[-0.1, -3.0]], [0])
+    for i, wrong, sentence in (
+        (0, [0], "depth must be"),
+        (1, [-1], "deviations at least"),
+        (2, [[math.nan, -3.0]], "logp must be finite"),
+        (3, [2], "chosen must be a rank"),
+    ):
+        with pytest.raises(AssertionError, match=sentence):
+            learned(*(wrong if k == i else value for k, value in enumerate(good)))
 
 
 # ---- a line of tokens besides, and tokens that may not be said ------------------------------------------------------
@@ -371,14 +438,14 @@ def without(logp):
     return log(-math.expm1(logp))
 
 
-def children(logp, path, line, rate=None):
+def children(logp, path, line, weight=None):
     """Every child of a node, in order; path: the Childs above."""
     line = [(token, min(0.0, float(np.float32(own)))) for token, own in line]
     n_depth, n_rank = np.shape(logp)
     depth = len(path) + 1
     drafted = []
     if depth <= n_depth:
-        of = conditionals(logp, rate)(depth, sum(node.rank != 0 for node in path))
+        of = conditionals(logp, weight)(depth, sum(node.rank != 0 for node in path))
         drafted = [Child(1000 * depth + rank, rank, of[rank]) for rank in range(n_rank)]
     if depth > len(line) or [node.token for node in path] != [token for token, _ in line[: depth - 1]]:
         return drafted
@@ -392,7 +459,7 @@ def children(logp, path, line, rate=None):
     return sorted([both, *others], key=lambda child: -child.logp)  # stable: the line's before its equals
 
 
-def best_of_all(logp, budget, *, line=(), allowed=lambda path: True, chain=False, rate=None):
+def best_of_all(logp, budget, *, line=(), allowed=lambda path: True, chain=False, weight=None):
     """The first `budget` nodes of everything that there is, in order, and how they must be numbered."""
     everything = []
 
@@ -400,7 +467,7 @@ def best_of_all(logp, budget, *, line=(), allowed=lambda path: True, chain=False
         if path:
             everything.append((-score, places, tuple(path), first))
         before = False
-        for place, child in enumerate(children(logp, path, line, rate)):
+        for place, child in enumerate(children(logp, path, line, weight)):
             if allowed(tuple(node.token for node in [*path, child])):
                 visit([*path, child], (*places, place), score + child.logp, first and not before)
                 before = True
@@ -465,25 +532,25 @@ def test_the_likeliest_of_everything_there_is(logp, line, seed, budget, chain):
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows(max_depth=3, max_rank=3), lines(), tables(), st.integers(0, 40))
-def test_calibrated_scores_with_a_line(logp, line, rate, budget):
+@given(rows(max_depth=3, max_rank=3), lines(), weights(), st.integers(0, 40))
+def test_calibrated_scores_with_a_line(logp, line, weight, budget):
     """As above, but equal sums may fall one way or the other by a rounding."""
-    nodes = build(logp, budget, rate=rate, line=line)
-    expected = best_of_all(logp, budget, rate=rate, line=line)
+    nodes = build(logp, budget, weight=weight, line=line)
+    expected = best_of_all(logp, budget, weight=weight, line=line)
     scores = [np.sort(np.exp(scores)) for scores in ([n.score for n in nodes[1:]], [-n for n, *_ in expected])]
     assert scores[0] == pytest.approx(scores[1], rel=1e-5, abs=1e-12)
 
 
 @settings(deadline=None, max_examples=100)
-@given(rows(max_depth=16), st.one_of(st.none(), tables()), lines(max_size=63), st.integers(1, 63))
-def test_what_any_tree_with_a_line_must_be(logp, rate, line, budget):
+@given(rows(max_depth=16), st.one_of(st.none(), weights()), lines(max_size=63), st.integers(1, 63))
+def test_what_any_tree_with_a_line_must_be(logp, weight, line, budget):
     asked = []
 
     def allowed(path):
         asked.append(path)
         return some_forbidden(1)(path)
 
-    options = {"rate": rate, "line": line, "allowed": allowed}
+    options = {"weight": weight, "line": line, "allowed": allowed}
     nodes = build(logp, budget, **options)
     every_path = token_paths(nodes)
     assert len(set(every_path)) == len(nodes)  # no two siblings with one token
@@ -505,7 +572,7 @@ def test_what_any_tree_with_a_line_must_be(logp, rate, line, budget):
     assert all(nodes[i].score == likeliest[every_path[i][:-1]] for i in range(1, straight + 1))
     assert set(token_paths(build(logp, budget - 1, **options))) <= set(every_path)
     assert build(logp, budget, **options) == nodes
-    assert build(logp, budget, rate=rate, line=[]) == build(logp, budget, rate=rate)
+    assert build(logp, budget, weight=weight, line=[]) == build(logp, budget, weight=weight)
 
 
 def test_a_line_goes_deeper_than_the_drafter():
@@ -555,12 +622,8 @@ def with_entry(value):
         (with_entry(-math.inf), {}, r"logp\[1\]\[1\]"),
         (with_entry(0.5), {}, r"logp\[1\]\[1\]"),
         (with_entry(-0.1), {}, r"logp\[1\] rises at rank 1"),
-        (GOOD, {"rate": [[0.5, 1.5]]}, r"rate\[0\]\[1\]"),
-        (GOOD, {"rate": [[0.5], [-0.1]]}, r"rate\[1\]\[0\]"),
-        (GOOD, {"rate": [[math.nan]]}, r"rate\[0\]\[0\]"),
-        (GOOD, {"rate": [[0.5]], "n_bins": 0}, "n_bins"),
-        (GOOD, {"rate": [[0.5]], "n_bins": 2**30}, "n_bins"),
-        (GOOD, {"rate": np.full((65, 1), 0.5)}, "n_deviations"),
+        (GOOD, {"weight": [math.nan] * 12}, "weight of the calibration"),
+        (GOOD, {"weight": [1e7] * 12}, "weight of the calibration"),
         (GOOD, {"line": [(1, 0.0)] * 64}, "0 to 63 tokens"),
         (GOOD, {"line": [(1, -1.0), (2, math.nan)]}, r"line logp\[1\]"),
         (GOOD, {"line": [(1, 0.5)]}, r"line logp\[0\]"),

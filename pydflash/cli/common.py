@@ -32,6 +32,14 @@ def add_models(parser: argparse.ArgumentParser, *, required: bool = False) -> No
     group.add_argument("--draft", metavar="PATH", help="its DFlash drafter: a GGUF, or a folder as z-lab lays it out")
 
 
+BUDGET_HELP = "tree nodes besides the root, 0 to 63; auto: what is fastest here (default: auto)"
+
+
+def budget(text: str) -> int | str:
+    """A budget as a command line gives it."""
+    return text if text == "auto" else int(text)
+
+
 def add_session(parser: argparse.ArgumentParser, *, runs: bool = True, n_ctx: str = "the largest that fits") -> None:
     """Where a session runs and what it sets memory aside for; runs: a plan has no threads. n_ctx: its default, in
     words."""
@@ -87,7 +95,7 @@ def add_thinking(parser: argparse._ArgumentGroup) -> None:
 def add_drafting(parser: argparse.ArgumentParser) -> None:
     """How a session drafts; `check_drafting` belongs to it."""
     group = parser.add_argument_group("drafting")
-    group.add_argument("--budget", type=int, metavar="N", help="tree nodes besides the root, 0 to 63 (default: 16)")
+    group.add_argument("--budget", type=budget, metavar="N", help=BUDGET_HELP)
     group.add_argument("--chain", action="store_true", default=None, help="draft one line of tokens instead of a tree")
     group.add_argument(
         "--no-copying",

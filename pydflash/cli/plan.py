@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this command."""
     common.add_models(parser, required=True)
     common.add_session(parser, runs=False)
-    parser.add_argument("--budget", type=int, metavar="N", help="tree nodes besides the root (default: 16)")
+    parser.add_argument("--budget", type=common.budget, metavar="N", help=common.BUDGET_HELP)
     parser.add_argument(
         "--vram", metavar="SIZE", help="memory to fit into, as 24GiB; --device auto then is a CUDA card (default: that "
         "of --gpu, or what is free here)"

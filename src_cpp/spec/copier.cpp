@@ -37,24 +37,61 @@ constexpr float prior[5][6] = {
 constexpr float prior_trials = 4;
 constexpr float surest = 0.999f; // of 1, the tree would leave nothing to the drafter's own choices
 
+constexpr float memory = 400; // trials of a cell
+
 } // namespace
 
-void Copier::clear() {
-    index_.clear();
+CopyRates::CopyRates() {
     for (int32_t i = 0; i < n_lengths * n_opinions; ++i) {
         counts_[i] = {prior[i / n_opinions][i % n_opinions] * prior_trials, prior_trials};
     }
+}
+
+int32_t CopyRates::cell(int32_t match, int32_t token, int32_t d, const int32_t * ids, const float * logp,
+                        int32_t n_depth, int32_t n_rank) {
+    return length_row(match) * n_opinions + opinion_column(token, d, ids, logp, n_depth, n_rank);
+}
+
+float CopyRates::logp(int32_t cell) const {
+    return std::log(std::min(counts_[cell].hits / counts_[cell].trials, surest));
+}
+
+void CopyRates::see(int32_t cell, bool right) {
+    Count & count = counts_[cell];
+    if (count.trials > memory) {
+        count = {count.hits / 2, count.trials / 2};
+    }
+    count.trials += 1;
+    count.hits += right ? 1 : 0;
+}
+
+void CopyRates::save(double * out) const {
+    for (const Count & count : counts_) {
+        *out++ = count.hits;
+        *out++ = count.trials;
+    }
+}
+
+bool CopyRates::load(const double * values) {
+    CopyRates read;
+    for (Count & count : read.counts_) {
+        const double hits = *values++, trials = *values++;
+        if (!(trials >= 1 && trials <= 2 * memory && hits > 0 && hits <= trials)) {
+            return false;
+        }
+        count = {(float) hits, (float) trials};
+    }
+    *this = read;
+    return true;
+}
+
+void Copier::clear() {
+    index_.clear();
     forget();
 }
 
-void Copier::copy(const Copier & from, const int32_t * tokens, int64_t n) {
-    clear();
-    std::copy_n(from.counts_, n_lengths * n_opinions, counts_);
-    grow(tokens, n);
-}
-
-const Line * Copier::propose(const int32_t * tokens, int64_t n, int32_t n_most, const int32_t * ids, const float * logp,
-                             int32_t n_depth, int32_t n_rank) {
+const Line * Copier::propose(const CopyRates & rates, const int32_t * tokens, int64_t n, int32_t n_most,
+                             const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank) {
     line_.n = 0;
     const Match match = index_.match(tokens);
     if (match.at < 0) {
@@ -64,11 +101,8 @@ const Line * Copier::propose(const int32_t * tokens, int64_t n, int32_t n_most, 
         // Where the match reaches the end of the timeline, the line goes on with itself: a loop.
         const int64_t at = match.at + 1 + i;
         line_.token[i] = at < n ? tokens[at] : line_.token[at - n];
-        const int32_t opinion = opinion_column(line_.token[i], i, ids, logp, n_depth, n_rank);
-        const int32_t cell = length_row(match.length + i) * n_opinions + opinion;
-        const Count & count = counts_[cell];
-        line_.logp[i] = std::log(std::min(count.hits / count.trials, surest));
-        cell_[i] = cell;
+        cell_[i] = CopyRates::cell(match.length + i, line_.token[i], i, ids, logp, n_depth, n_rank);
+        line_.logp[i] = rates.logp(cell_[i]);
         line_.n = i + 1;
     }
     return &line_;
@@ -79,11 +113,10 @@ int32_t Copier::n_right(const int32_t * said, int32_t n) const {
     return static_cast<int32_t>(std::mismatch(said, said + most, line_.token).first - said);
 }
 
-void Copier::learn(const int32_t * said, int32_t n) {
+void Copier::learn(const int32_t * said, int32_t n, CopyRates & rates) {
     const int32_t right = n_right(said, n);
     for (int32_t i = 0; i < std::min({right + 1, n, line_.n}); ++i) { // what follows a wrong token was never tried
-        counts_[cell_[i]].trials += 1;
-        counts_[cell_[i]].hits += i < right ? 1 : 0;
+        rates.see(cell_[i], i < right);
     }
     forget();
 }

@@ -43,13 +43,11 @@ struct Candidate {
 struct Row {
     const float * logp; // [n_rank], the drafter's
     int32_t n_rank;     // 0 below the drafter's block
-    double p0;          // of rank 0
-    double log_rest;    // log of the probability of everything else; -inf when nothing is left
     int32_t line_rank;  // of the line's token; -1 when the drafter has not chosen it
 };
 
 void check(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
-           const pf_calibration * calibration, const Line * line) {
+           const Calibration * calibration, const Line * line) {
     require(budget >= 0 && budget < PF_MAX_NODES, "budget must be 0 to 63 nodes");
     require(shape == PF_SHAPE_TREE || shape == PF_SHAPE_CHAIN, "shape must be PF_SHAPE_TREE or PF_SHAPE_CHAIN");
     require(n_depth >= 0 && n_depth <= max_depth, "n_depth must be 0 to 63");
@@ -80,46 +78,30 @@ void check(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_r
         }
     }
     if (calibration) {
-        require(calibration->n_deviations >= 1 && calibration->n_deviations <= PF_MAX_NODES,
-                "a calibration table must have 1 to 64 rows (n_deviations)");
-        require(calibration->n_bins >= 1 && calibration->n_bins <= 1024,
-                "a calibration table must have 1 to 1024 bins (n_bins)");
-        require(calibration->rate, "a calibration table needs its rates");
-        for (int32_t i = 0; i < calibration->n_deviations * calibration->n_bins; ++i) {
-            if (!(calibration->rate[i] >= 0 && calibration->rate[i] <= 1)) {
-                throw Error(PF_ERR_ARGUMENT, "calibration rate[" + std::to_string(i / calibration->n_bins) + "][" +
-                                                 std::to_string(i % calibration->n_bins) + "] is not within 0 to 1");
-            }
+        for (const double weight : calibration->weight) {
+            require(std::abs(weight) <= 2e6, "a weight of the calibration is not within -2e6 to 2e6");
         }
     }
 }
 
 // Log-probability that the token of this rank is the target's, its parent accepted after so many deviations. No rank has
 // more than the one before it.
-double conditional(const Row & row, int32_t rank, int32_t deviations, const pf_calibration * calibration) {
-    const double logp = std::min(0.0, static_cast<double>(row.logp[rank]));
+double conditional(const Row & row, int32_t depth, int32_t rank, int32_t deviations, const Calibration * calibration) {
     if (!calibration) {
-        return logp;
+        return std::min(0.0, static_cast<double>(row.logp[rank]));
     }
-    const int32_t table_row = std::min(deviations, calibration->n_deviations - 1);
-    const int32_t bin = calibration_bin(row.p0, calibration->n_bins);
-    const double rate = calibration->rate[static_cast<size_t>(table_row) * calibration->n_bins + bin];
-    const double log_rate = std::log(rate);
-    if (rank == 0) {
-        return log_rate;
+    double least = 0;
+    for (int32_t r = 0; r <= rank; ++r) {
+        least = std::min(least, calibration->logp(depth, deviations, r, row.logp[r], row.logp[0]));
     }
-    if (std::isinf(row.log_rest)) {
-        return row.log_rest;
-    }
-    // A table can think less of rank 0 than of the ranks behind it.
-    return std::min(log_rate, std::log1p(-rate) + std::min(0.0, logp - row.log_rest));
+    return least;
 }
 
 // The candidates of every depth, and the steps from one to its first child and to its next sibling.
 class Candidates {
   public:
     Candidates(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank,
-               const pf_calibration * calibration, const Line * line)
+               const Calibration * calibration, const Line * line)
         : ids_(ids), n_rank_(n_rank), calibration_(calibration), line_(line) {
         const int32_t n_line = line ? line->n : 0;
         n_depth_ = std::max(n_depth, n_line);
@@ -130,16 +112,6 @@ class Candidates {
             row.line_rank = d < n_line && row.n_rank > 0
                                 ? rank_of(line->token[d], ids + static_cast<size_t>(d) * n_rank, n_rank)
                                 : -1;
-            if (calibration && row.n_rank > 0) {
-                const double logp0 = std::min(0.0, static_cast<double>(row.logp[0]));
-                row.p0 = std::exp(logp0);
-                // 1 - p0 loses its digits near 1, where it can even fall below what the other ranks say they have.
-                double others = 0;
-                for (int32_t r = 1; r < n_rank; ++r) {
-                    others += std::exp(static_cast<double>(row.logp[r]));
-                }
-                row.log_rest = std::log(std::max(-std::expm1(logp0), others));
-            }
         }
     }
 
@@ -172,7 +144,7 @@ class Candidates {
         double left = 0;            // log of what it leaves to each of the others, of the probability they had
         if (c.below_line) {
             const double own =
-                row.line_rank >= 0 ? conditional(row, row.line_rank, c.deviations, calibration_) : nothing;
+                row.line_rank >= 0 ? conditional(row, c.depth, row.line_rank, c.deviations, calibration_) : nothing;
             line_logp = std::min(0.0, static_cast<double>(line_->logp[d]));
             if (line_logp > own) {
                 left = log_without(line_logp) - log_without(own);
@@ -184,7 +156,7 @@ class Candidates {
             }
         }
         const bool more = c.next_rank < row.n_rank;
-        double logp = more ? conditional(row, c.next_rank, c.deviations, calibration_) + left : nothing;
+        double logp = more ? conditional(row, c.depth, c.next_rank, c.deviations, calibration_) + left : nothing;
         c.on_line = c.line_follows && (!more || line_logp >= logp);
         if (c.on_line) {
             c.line_follows = false;
@@ -207,7 +179,7 @@ class Candidates {
 
     const int32_t * ids_; // [n_depth, n_rank]
     int32_t n_rank_;
-    const pf_calibration * calibration_;
+    const Calibration * calibration_;
     const Line * line_;
     int32_t n_depth_;
     Row rows_[max_depth];
@@ -244,7 +216,7 @@ void number(const Candidate * pool, const uint8_t * taken, int32_t n_nodes, int3
 } // namespace
 
 void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
-                const pf_calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
+                const Calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
                 Tree & out) {
     check(ids, logp, n_depth, n_rank, budget, shape, calibration, line);
     const Candidates candidates(ids, logp, n_depth, n_rank, calibration, line);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <functional>
 
+#include "calibration.h"
 #include "pydflash.h"
 
 namespace pf {
@@ -30,11 +31,6 @@ struct Line {
 // May path[0, n), the tokens below the root down to a candidate, be said? All but the last of them were allowed.
 using Allowed = std::function<bool(const int32_t * path, int32_t n)>;
 
-// The column of a calibration table that a rank-0 probability falls in: n_bins equal bins over [0, 1], 1 in the last.
-inline int32_t calibration_bin(double probability, int32_t n_bins) {
-    return std::clamp(static_cast<int32_t>(probability * n_bins), 0, n_bins - 1);
-}
-
 // Of a token among the n_rank choices of a depth; -1: it is none of them.
 inline int32_t rank_of(int32_t token, const int32_t * ids, int32_t n_rank) {
     const int32_t * found = std::find(ids, ids + n_rank, token);
@@ -42,9 +38,9 @@ inline int32_t rank_of(int32_t token, const int32_t * ids, int32_t n_rank) {
 }
 
 // See pf_tree_build. Allocates nothing; the same input gives the same tree. ids in a row are taken to be distinct.
-// line may be null; an empty `allowed` allows everything.
+// calibration and line may be null; an empty `allowed` allows everything.
 void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
-                const pf_calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
+                const Calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
                 Tree & out);
 
 } // namespace pf

@@ -1,0 +1,89 @@
+// What steps take on this machine, in milliseconds: a pass over so many nodes with its commit, and a draft, for every
+// doubling of the context. Measured, then kept up to date by the steps themselves.
+//
+// Passes come in a few sizes, each searched on its own: what a pass takes rises in steps, where matrix products work in
+// tiles, and no curve is assumed.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+
+namespace pf {
+
+constexpr std::array<int32_t, 9> pass_sizes = {1, 2, 4, 8, 16, 24, 32, 48, 64};
+constexpr int32_t n_pass_sizes = static_cast<int32_t>(pass_sizes.size());
+
+// The smallest of them that holds so many nodes.
+inline int32_t pass_size_of(int32_t n_nodes) {
+    int32_t i = 0;
+    while (i + 1 < n_pass_sizes && pass_sizes[i] < n_nodes) {
+        ++i;
+    }
+    return i;
+}
+
+class Costs {
+  public:
+    struct Row {
+        std::array<double, n_pass_sizes> pass = {}; // 0: not known
+        double draft = 0;
+    };
+
+    // The row of a context of n tokens; filled by measure().
+    static int32_t row_of(int64_t n);
+    bool known(int32_t row) const { return rows_[row].pass[0] > 0; }
+    const Row & row(int32_t row) const { return rows_[row]; }
+
+    // time_pass(n_nodes) and time_draft() run one, of at most so many nodes, and give its time; 0: there is no draft.
+    // Takes about as long as 20 plain steps and 0.2 s at most; what is left then is drawn through what was measured, and
+    // gives way to the first step of its size.
+    template <class TimePass, class TimeDraft>
+    void measure(int32_t row, int32_t most, TimePass && time_pass, TimeDraft && time_draft);
+
+    // A step, or a pass for the sake of measuring, of this size (an index into pass_sizes); a draft.
+    void saw_pass(int32_t row, int32_t size, double ms);
+    void saw_draft(int32_t row, double ms);
+    // Of the sizes up to `most` nodes, the one that has gone longest without being seen, and for how many passes.
+    int32_t stalest(int32_t row, int32_t most, int64_t & age) const;
+
+    static constexpr int32_t n_rows = 10; // up to 1,024 tokens, 2,048, ...
+    static constexpr int32_t n_values = n_rows * (2 * n_pass_sizes + 1);
+    void save(double * out) const;
+    bool load(const double * values); // false, and nothing has changed: they are no costs
+
+  private:
+    void fill(int32_t row);
+
+    std::array<Row, n_rows> rows_;
+    std::array<std::array<int32_t, n_pass_sizes>, n_rows> times_ = {}; // seen, up to what counts
+    std::array<std::array<int64_t, n_pass_sizes>, n_rows> last_ = {};  // pass it was last seen in
+    int64_t clock_ = 0;
+};
+
+template <class TimePass, class TimeDraft>
+void Costs::measure(int32_t row, int32_t most, TimePass && time_pass, TimeDraft && time_draft) {
+    rows_[row] = {};
+    times_[row] = {};
+    time_pass(1); // the first of a size builds its graph
+    const double plain = time_pass(1);
+    saw_pass(row, 0, plain);
+    double left = 20 * plain + 200;
+    const double draft = time_draft();
+    if (draft > 0) {
+        saw_draft(row, std::min(draft, time_draft()));
+        left -= 2 * draft;
+    }
+    for (const int32_t n_nodes : {16, 4, 8, 2, 32, 24, 64, 48}) {
+        if (left <= 0 || n_nodes > most) {
+            continue;
+        }
+        const double first = time_pass(n_nodes);
+        const double again = time_pass(n_nodes);
+        saw_pass(row, pass_size_of(n_nodes), std::min(first, again));
+        left -= first + again;
+    }
+    fill(row);
+}
+
+} // namespace pf

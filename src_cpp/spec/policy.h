@@ -1,0 +1,59 @@
+// How much to draft and to verify in each step: what gives the most tokens a second.
+//
+// Over many steps that is a matter of prices. Time could always be spent on steps as they have been lately, so a
+// millisecond is worth the tokens that it gave lately (at least those of plain decoding), and each choice is made for the
+// most tokens expected less the price of its time: the average-reward rule of renewal processes. A draft is paid for before
+// its probabilities are seen; whether to draft goes by what drafts were worth lately, and where they were not worth their
+// time one is made now and then all the same, out of a hundredth of the time that passes.
+#pragma once
+
+#include "costs.h"
+#include "tree.h"
+
+namespace pf {
+
+class Policy {
+  public:
+    Costs costs;
+
+    // A step at n tokens begins; costs.known(row()) must hold from here on.
+    void begin(int64_t n);
+    int32_t row() const { return row_; }
+    // A size of at most so many nodes that may be measured again out of the time set aside, because it has long not been used; else -1.
+    int32_t to_measure(int32_t most);
+
+    struct Choice {
+        int32_t n_nodes = 1; // of the tree's likeliest, the root included
+        double expected = 1; // tokens
+        double value = 0;    // tokens, less the price of the pass
+    };
+    // The best pass over the likeliest nodes of a tree, of at most so many with pads.
+    Choice choose(const Tree & tree, int32_t most) const;
+    // Whether to draft. proposed: there is a line of tokens from elsewhere already.
+    bool drafts(bool proposed);
+    // It was drafted: what could have been done without, and what can be done now.
+    void drafted(const Choice & without, const Choice & with, bool proposed);
+    // The step gave so many tokens in so many milliseconds. n_nodes: of its pass with pads. typical: it did nothing that
+    // others do not, such as building a graph.
+    void finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double pass_ms, bool typical);
+
+    static constexpr int32_t n_values = Costs::n_values + 4;
+    void save(double * out) const;
+    bool load(const double * values); // false, and nothing has changed: they are no policy's
+
+  private:
+    double price() const; // tokens a millisecond
+
+    int32_t row_ = 0;
+    double tokens_ = 0, ms_ = 0; // of the last steps, fading
+    double spare_ms_ = 0;        // for drafts and passes that teach more than they give
+
+    // What a draft adds to a step, in tokens, where nothing else was proposed and where something was.
+    struct Gain {
+        double mean = 0;
+        bool known = false;
+        int32_t tokens_since = 0; // said since the last draft
+    } gain_[2];
+};
+
+} // namespace pf
