@@ -12,7 +12,6 @@ import math
 import os
 import platform
 import sys
-import sysconfig
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,8 @@ from typing import Any, TypeVar
 import pydflash
 from pydflash import options
 from pydflash._lib import check, ffi, lib
+from pydflash.bench.prompts import document as document  # the scripts' long text, too
+from pydflash.bench.prompts import library as library
 
 ROOT = Path(__file__).resolve().parents[1]
 Item = TypeVar("Item")
@@ -230,24 +231,6 @@ def _status_mib(field: str) -> float:
 
 
 # ---- texts -------------------------------------------------------------------------------------------------------
-
-SKIPPED = {"test", "tests", "idle_test", "site-packages", "__pycache__", "lib-dynload", "encodings"}
-
-
-def library() -> Path:
-    """The standard library of the interpreter that runs."""
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def document(session: pydflash.Session, n: int) -> list[int]:
-    """n tokens of a long document: the standard library's sources in the order of their names."""
-    ids: list[int] = []
-    for path in sorted(library().rglob("*.py")):
-        if SKIPPED.isdisjoint(path.relative_to(library()).parts):
-            ids += session.tokenize(path.read_text(encoding="utf-8", errors="replace"))
-            if len(ids) >= n:
-                return ids[:n]
-    raise pydflash.PydflashError(f"the standard library has {len(ids)} tokens, not the {n} asked for")
 
 
 def heldout(session: pydflash.Session, names: Sequence[str], count: int, length: int) -> list[list[int]]:

@@ -19,7 +19,8 @@ PARTS = ("draft", "build", "verify", "accept", "commit")  # of a decode step, in
 class Run:
     """One prompt, continued once. depth: tokens of the document before it. seconds: of decoding alone.
 
-    n_steps: target passes. n_drafted: nodes verified besides the roots. ms: by part, sums over all steps.
+    n_steps: target passes. n_drafted: nodes verified besides the roots. expected: tokens that the trees had promised,
+    all together. ms: by part, sums over all steps.
     offered, reached: [d - 1]: steps that offered depth d, and those that accepted it. What is not known is left 0 or
     empty.
     """
@@ -35,6 +36,7 @@ class Run:
     temperature: float = 0.0
     n_steps: int = 0
     n_drafted: int = 0
+    expected: float = 0.0
     ms: dict[str, float] = field(default_factory=dict)
     offered: list[int] = field(default_factory=list)
     reached: list[int] = field(default_factory=list)
@@ -67,8 +69,8 @@ class Figures:
     """What the runs of an arm amount to.
 
     tokens_per_second: of a round, all its tokens over all its seconds. ratio: of speeds to the base arm's, run by run;
-    None where none belong together. step_ms: by part, of one step. accepted: [k]: how often the path's token k was
-    accepted where it was offered.
+    None where none belong together. expected_per_pass: tokens that a tree promised. step_ms: by part, of one step.
+    accepted: [k]: how often the path's token k was accepted where it was offered.
     """
 
     arm: str
@@ -76,6 +78,7 @@ class Figures:
     tokens_per_second: Spread
     ratio: Spread | None
     tokens_per_pass: float
+    expected_per_pass: float
     nodes_per_pass: float  # the root counted
     step_ms: dict[str, float]
     accepted: list[float]
@@ -115,6 +118,7 @@ def _figures(runs: Sequence[Run], arm: str, base: str) -> Figures:
         tokens_per_second=spread([sum(r.n_tokens for r in rs) / sum(r.seconds for r in rs) for rs in rounds]),
         ratio=spread(paired) if paired else None,
         tokens_per_pass=sum(run.n_tokens for run in own) / n_steps if n_steps else 0.0,
+        expected_per_pass=sum(run.expected for run in own) / n_steps if n_steps else 0.0,
         nodes_per_pass=1 + sum(run.n_drafted for run in own) / n_steps if n_steps else 0.0,
         step_ms={part: sum(run.ms.get(part, 0.0) for run in own) / n_steps for part in PARTS} if n_steps else {},
         accepted=[r / o for r, o in zip(reached, offered, strict=True)],

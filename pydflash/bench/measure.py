@@ -43,12 +43,13 @@ class Part:
 class Measured:
     """All that was found, as it comes in: whoever is interrupted has what was there by then.
 
-    prefill_seconds: by depth, of the document as a whole.
+    prefill_seconds: by depth, of the document as a whole. costs: by depth, what passes take there.
     """
 
     runs: list[Run] = field(default_factory=list)
     partings: list[answers.Parting] = field(default_factory=list)
     prefill_seconds: dict[int, float] = field(default_factory=dict)
+    costs: dict[int, pydflash.Costs] = field(default_factory=dict)
     floor: Floor | None = None
 
 
@@ -106,6 +107,8 @@ def measure(
             for prompt in part.prompts:
                 measured.prompt(part, prompt, document, number)
                 progress(len(out.runs), total)
+        if part.depth not in out.costs:
+            out.costs[part.depth] = session.costs()
 
 
 @dataclass
@@ -169,6 +172,7 @@ def _as_run(arm: str, part: Part, prompt: Prompt, number: int, result: pydflash.
         temperature=part.temperature,
         n_steps=stats.n_steps,
         n_drafted=stats.n_drafted,
+        expected=stats.mean_expected * stats.n_steps,
         ms=stats.ms,
         offered=offered,
         reached=[round(share * n) for share, n in zip(stats.accepted_by_depth, offered, strict=True)],

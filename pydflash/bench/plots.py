@@ -35,7 +35,7 @@ def draw(measured: Measured, folder: Path) -> list[Path]:
     pyplot = load()
     folder.mkdir(parents=True, exist_ok=True)
     made = []
-    for name, plot in (("depth", _depth), ("budget", _budget), ("phases", _phases)):
+    for name, plot in (("depth", _depth), ("budget", _budget), ("phases", _phases), ("curve", _curve)):
         figure, axes = pyplot.subplots(figsize=(5.6, 3.4), layout="constrained")
         if plot(measured, axes):
             axes.spines[["top", "right"]].set_visible(False)
@@ -96,3 +96,14 @@ def _phases(measured: Measured, axes: Any) -> bool:
     axes.set_xticks(range(len(arms)), arms)
     axes.set(ylabel="ms a step")
     return True
+
+
+def _curve(measured: Measured, axes: Any) -> bool:
+    """Milliseconds of a pass by its nodes, a line a depth; dotted: the drafts."""
+    for depth, costs in measured.costs.items():
+        points = sorted(costs.pass_ms.items())
+        (line,) = axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=f"{depth:,} tokens before")
+        if costs.draft_ms is not None:
+            axes.axhline(costs.draft_ms, color=line.get_color(), ls=":", lw=0.8)
+    axes.set(xlabel="nodes of the pass (dotted: a draft)", ylabel="ms", ylim=(0, None))
+    return bool(measured.costs)

@@ -75,22 +75,26 @@ def quoting(session: pydflash.Session, begin: str, *, renamed: bool) -> list[int
     return [*ids, *said, *session.tokenize("\n\n\n" + again)]
 
 
+def library() -> Path:
+    """The standard library of the interpreter that runs."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
 def document(session: pydflash.Session, n: int) -> list[int]:
     """n tokens of a long document: the standard library's sources in the order of their names.
 
     Raises DocumentError where the library has fewer.
     """
-    library = Path(sysconfig.get_path("stdlib"))
     ids: list[int] = []
-    for path in sorted(library.rglob("*.py")):
+    for path in sorted(library().rglob("*.py")):
         if len(ids) >= n:
             break
-        if _SKIPPED.isdisjoint(path.relative_to(library).parts):
+        if _SKIPPED.isdisjoint(path.relative_to(library()).parts):
             text = path.read_text(encoding="utf-8", errors="replace")
             ids += session.tokenize(text, parse_special=False)
     if len(ids) < n:
         raise DocumentError(
-            f"the standard library in {library} has {len(ids)} tokens, not the {n} asked for", reason="empty"
+            f"the standard library in {library()} has {len(ids)} tokens, not the {n} asked for", reason="empty"
         )
     return ids[:n]
 

@@ -38,6 +38,9 @@ def blocks(measured: Measured, about: Sequence[str]) -> list[Block]:
     if any(run.offered for run in greedy):
         out += ["How often the token at each position of the path offered was accepted, greedy, all categories."]
         out += [_positions(figures(greedy))]
+    if measured.costs:
+        out += ["The curve: milliseconds of a target pass over so many nodes, with its commit, and of a draft."]
+        out += [_curve(measured)]
     if any(run.depth for run in runs):
         speeds, passes = _depths(measured)
         out += ["Behind a long document, greedy, the same prompts at every depth.", speeds]
@@ -113,7 +116,10 @@ def _passes(runs: Sequence[Run]) -> Table:
 
 def _of_a_step(floor: Floor | None) -> str:
     least = "" if floor is None else f" The floor, of the target's pass alone: {floor}."
-    return f"A step, greedy, all categories; times are milliseconds.{least}"
+    return (
+        "A step, greedy, all categories: the tokens it gave, those that its tree had promised, its nodes, and "
+        f"milliseconds by part.{least}"
+    )
 
 
 def _steps(runs: Sequence[Run], floor: Floor | None) -> Table:
@@ -124,8 +130,18 @@ def _steps(runs: Sequence[Run], floor: Floor | None) -> Table:
         parts = [f"{f.step_ms.get(part, 0):.3f}" for part in PARTS]
         least = "-" if floor is None else f"{floor.step_ms(f.nodes_per_pass):.3f}"
         speed = f"{f.tokens_per_second.median:,.{_digits(f)}f}"
-        rows.append([arm, speed, f"{f.tokens_per_pass:.2f}", f"{f.nodes_per_pass:.1f}", *parts, least])
-    return Table(["", "tokens/s", "tokens", "nodes", *PARTS, "floor"], rows)
+        counts = [f"{f.tokens_per_pass:.2f}", f"{f.expected_per_pass:.2f}", f"{f.nodes_per_pass:.1f}"]
+        rows.append([arm, speed, *counts, *parts, least])
+    return Table(["", "tokens/s", "tokens", "promised", "nodes", *PARTS, "floor"], rows)
+
+
+def _curve(measured: Measured) -> Table:
+    n_nodes = sorted({n for costs in measured.costs.values() for n in costs.pass_ms})
+    rows = []
+    for depth, costs in measured.costs.items():
+        passes = [f"{costs.pass_ms[n]:.3f}" if n in costs.pass_ms else "-" for n in n_nodes]
+        rows.append([f"{depth:,}", *passes, "-" if costs.draft_ms is None else f"{costs.draft_ms:.3f}"])
+    return Table(["tokens before", *(f"{n}" for n in n_nodes), "draft"], rows)
 
 
 def _positions(found: dict[str, Figures]) -> Table:
@@ -181,6 +197,7 @@ def as_data(measured: Measured, settings: dict[str, Any]) -> dict[str, Any]:
         "figures": as_rows(measured.runs),
         "floor": None if measured.floor is None else asdict(measured.floor),
         "prefill_seconds": measured.prefill_seconds,
+        "costs": {depth: asdict(costs) for depth, costs in measured.costs.items()},
         "partings": [asdict(parting) for parting in measured.partings],
         "runs": [asdict(run) for run in measured.runs],
     }
@@ -197,7 +214,8 @@ def as_rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
             row |= {"tokens_per_second_low": speed.low, "tokens_per_second_high": speed.high}
             if ratio is not None:
                 row |= {"of_plain": ratio.median, "of_plain_low": ratio.low, "of_plain_high": ratio.high}
-            row |= {"tokens_per_pass": found.tokens_per_pass, "nodes_per_pass": found.nodes_per_pass}
+            row |= {"tokens_per_pass": found.tokens_per_pass, "expected_per_pass": found.expected_per_pass}
+            row |= {"nodes_per_pass": found.nodes_per_pass}
             row |= {f"{part}_ms": ms for part, ms in found.step_ms.items()}
             row |= {f"accepted_{i}": share for i, share in enumerate(found.accepted, 1)}
             rows.append({name: round(x, 5) if isinstance(x, float) else x for name, x in row.items()})

@@ -1,7 +1,7 @@
 """Measure plain decoding, a chain, trees of several budgets and the automatic budget beside each other.
 
-    pydflash bench                                        # the tiny pair: about 8 minutes on two quiet cores
-    pydflash bench --quick                                # about one
+    pydflash bench                                        # the tiny pair: about 6 minutes on two quiet cores
+    pydflash bench --quick                                # half a minute
     pydflash bench --target model.gguf --draft drafter/ --categories code chat --depths 0 8K
     pydflash bench --dataset humaneval --prompts 20       # from the hub; --dataset humaneval=FILE without one
     pydflash bench --json out.json --csv out.csv --markdown RESULTS.md --plots plots/
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 HELP = "measure speed and accepted tokens"
 
-FULL: dict[str, Any] = {"prompts": 5, "rounds": 5, "n_gen": 48, "depths": [0, 1024, 8192, 32768]}
+FULL: dict[str, Any] = {"prompts": 6, "rounds": 7, "n_gen": 48, "depths": [0, 1024, 8192, 32768]}
 QUICK: dict[str, Any] = {"prompts": 2, "rounds": 2, "n_gen": 48, "depths": [0, 1024]}
 N_DEEP = 2  # prompts that are run behind a document
 N_SPARE = 1024  # context for prompt and answer
@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"instead of the categories, or besides those that are named: {', '.join(DATASETS)}, by the package "
         "'datasets' from the hub, or its rows as lines of JSON",
     )
-    group.add_argument("--prompts", type=int, metavar="N", help="of each category (default: 5)")
+    group.add_argument("--prompts", type=int, metavar="N", help="of each category (default: 6, which is all of them)")
     group.add_argument(
         "--arms",
         nargs="*",
         choices=ARMS,
-        default=ARMS[:2],
+        default=ARMS,
         metavar="NAME",
         help="of chain, tree and auto (default: all)",
     )
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the sampled part (default: 0.7; 0: leave it out)",
     )
     group.add_argument("--n-gen", "-n", type=int, metavar="N", help="tokens from each prompt (default: 48)")
-    group.add_argument("--rounds", type=int, metavar="N", help="default: 5")
+    group.add_argument("--rounds", type=int, metavar="N", help="default: 7")
     group = parser.add_argument_group("what is written")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything, each run included")
     group.add_argument("--csv", type=Path, metavar="FILE", help="the figures, a line for each way in each setting")
