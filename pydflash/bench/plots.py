@@ -55,7 +55,9 @@ def _depth(measured: Measured, axes: Any) -> bool:
     for arm in sorted(set.intersection(*map(set, found)), key=arm_order):
         axes.plot(range(len(found)), [f[arm].tokens_per_second.median for f in found], marker="o", ms=3, label=arm)
     axes.set_xticks(range(len(found)), [f"{depth:,}" for depth in by_depth])
-    axes.set(xlabel="tokens before the prompt", ylabel="tokens/s", ylim=(0, None))
+    axes.set(xlabel="tokens before the prompt", ylabel="tokens/s", yscale="log")
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_minor_formatter("")
     return True
 
 
@@ -99,11 +101,15 @@ def _phases(measured: Measured, axes: Any) -> bool:
 
 
 def _curve(measured: Measured, axes: Any) -> bool:
-    """Milliseconds of a pass by its nodes, a line a depth; dotted: the drafts."""
+    """What a pass takes by its nodes, in passes of one node: the tokens it has to give. A line a depth; dotted: a draft
+    besides."""
     for depth, costs in measured.costs.items():
-        points = sorted(costs.pass_ms.items())
-        (line,) = axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=f"{depth:,} tokens before")
+        n_nodes = sorted(costs.pass_ms)
+        single = costs.pass_ms[n_nodes[0]]
+        passes = [costs.pass_ms[n] / single for n in n_nodes]
+        (line,) = axes.plot(n_nodes, passes, marker="o", ms=3, label=f"{depth:,} tokens before")
         if costs.draft_ms is not None:
-            axes.axhline(costs.draft_ms, color=line.get_color(), ls=":", lw=0.8)
-    axes.set(xlabel="nodes of the pass (dotted: a draft)", ylabel="ms", ylim=(0, None))
+            drafted = [x + costs.draft_ms / single for x in passes]
+            axes.plot(n_nodes, drafted, color=line.get_color(), ls=":", lw=0.8)
+    axes.set(xlabel="nodes of the pass (dotted: with its draft)", ylabel="time, a pass of one node = 1", ylim=(0, None))
     return bool(measured.costs)
