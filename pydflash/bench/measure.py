@@ -130,9 +130,11 @@ class _Measuring:
         )
 
     def warm_up(self, part: Part, document: Sequence[int]) -> None:
-        """What only a first run finds cold, graphs of new shapes above all."""
-        for way in self.ways:
-            self.run(way, part, part.prompts[0], document)
+        """What only a first run finds cold: graphs of new shapes, and costs that are not known this deep."""
+        by_length = sorted(part.prompts, key=lambda prompt: len(prompt.ids))
+        for i in {0, len(by_length) // 2, len(by_length) - 1}:
+            for way in self.ways:
+                self.run(way, part, by_length[i], document)
 
     def prompt(self, part: Part, prompt: Prompt, document: Sequence[int], number: int) -> None:
         """One prompt in one round: every arm, beginning with another one each time."""
