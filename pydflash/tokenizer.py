@@ -229,7 +229,9 @@ class Tokenizer:
                 path=self.source,
             )
         try:
-            model = models.BPE(vocab, list(zip(halves[::2], halves[1::2], strict=True)))
+            # No cache of words: the thread would keep it when the tokenizer is gone. Encoding 250,000 tokens takes
+            # 0.43 s instead of 0.33.
+            model = models.BPE(vocab, list(zip(halves[::2], halves[1::2], strict=True)), cache_capacity=0)
         except Exception as error:  # the package raises plain Exception
             raise ModelFormatError(f"{self.source}: tokenizer.ggml.merges: {error}", path=self.source) from None
         pipeline = Pipeline(model)

@@ -4,11 +4,15 @@
     python scripts/soak.py                      # an hour on the pair that ships
     python scripts/soak.py --minutes 5 --seed 3
 
-Random turns of everything that a conversation does: text and messages put in, questions asked and cancelled, streams
-left in the middle, going back, forks, sessions saved and opened again. A line a minute says how many, how much memory
-the process has resident, how much of it once malloc has handed back what nobody uses, and what the session's own
-buffers take. The first fifth, at most five minutes, warms up: from then on the second of these may grow by --bound MiB
-and no more, else the exit code is 1. What turns say is not looked at here; the tests do that.
+Random turns of everything that a conversation does: text, messages and documents put in, questions asked, held to a
+format and cancelled, streams left in the middle, going back, forks, sessions saved and opened again, prompts kept on
+disk. A line a minute empties the session and says how many turns there were, what is allocated then, what of the
+process is resident once malloc has handed back what nobody uses, and what the session's buffers take.
+
+Caches fill in the first half. Over the second a line is fitted to each of the two. The exit code is 1 when what is
+allocated rises by more than --allocated bytes a turn (what is not freed), or what is resident, which goes up and down
+with the graphs that are kept, by more than --resident MiB in all (memory torn to pieces). What turns say is not looked
+at here; the tests do that.
 """
 
 from __future__ import annotations
@@ -16,18 +20,21 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
+import os
 import random
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import linear_regression
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from measuring import resident_mib
+import numpy as np
+from measuring import anonymous_mib
 
 from pydflash import Checkpoint, Session
 from pydflash.plan import MIB
@@ -42,11 +49,11 @@ class Soak:
     def __init__(self, options: dict[str, Any], *, seed: int, folder: Path) -> None:
         self.options = options
         self.random = random.Random(seed)
-        self.path = folder / "session"
+        self.path, self.cache = folder / "session", folder / "cache"
         # Small states, and room for few: kept ones soon take all they may.
-        self.session = Session(
-            n_ctx=4096, n_batch=128, n_ring=256, checkpoint_every=256, checkpoint_memory="8MiB", **options
-        )
+        shape = {"n_ctx": 4096, "n_batch": 128, "n_ring": 256, "checkpoint_every": 256, "checkpoint_memory": "8MiB"}
+        self.opening = {**shape, **options}
+        self.session = Session(**self.opening)
         self.checkpoints: list[Checkpoint] = []
         self.done: Counter[str] = Counter()
         self.n_tokens = 0  # said
@@ -56,6 +63,9 @@ class Soak:
 
     def fill(self) -> None:
         """Every page of the caches written once, and every kind of turn taken."""
+        # numpy keeps seven freed blocks of every size below 1 KiB.
+        blocks = [np.empty(size, np.uint8) for size in range(1, 1024) for _ in range(7)]
+        del blocks
         ids = self.session.tokenize("".join(LINES))
         self.session.append((ids * 10)[: self.session.n_ctx - 64])
         self.session.generate(None, max_tokens=32)
@@ -63,17 +73,22 @@ class Soak:
             self.take(turn)
 
     def turns(self) -> list[Callable[[], None]]:
-        return [self.append, self.ask, self.leave, self.cancel, self.keep, self.rewind, self.fork, self.save_and_load]
+        often = [self.append, self.ask, self.leave, self.cancel, self.keep, self.rewind]
+        return [*often, self.hold, self.document, self.fork, self.save_and_load, self.keep_on_disk]
 
     def turn(self) -> None:
-        self.take(self.random.choices(self.turns(), weights=(4, 6, 3, 2, 3, 3, 1, 1))[0])
+        self.take(self.random.choices(self.turns(), weights=(4, 6, 3, 2, 3, 3, 1, 1, 1, 1, 1))[0])
 
     def take(self, turn: Callable[[], None]) -> None:
-        if self.session.n_tokens > self.session.n_ctx - 1024:
-            self.session.reset()
-            self.checkpoints.clear()
+        if self.session.n_tokens > self.session.n_ctx - 1536:
+            self.empty()
         turn()
         self.done[turn.__name__.replace("_", " ")] += 1
+
+    def empty(self) -> None:
+        """No tokens, and nothing kept."""
+        self.session.reset()
+        self.checkpoints.clear()
 
     # ---- turns
 
@@ -86,9 +101,12 @@ class Soak:
             "repeat_penalty": pick([1.0, 1.1]), "logprobs": pick([None, None, 3]),
         }  # fmt: skip
 
-    def append(self) -> None:
+    def text(self) -> str:
         start = self.random.randrange(len(LINES))
-        text = "".join(LINES[start : start + self.random.randint(1, 40)])
+        return "".join(LINES[start : start + self.random.randint(1, 40)])
+
+    def append(self) -> None:
+        text = self.text()
         self.session.append(text if self.random.random() < 0.5 else [{"role": "user", "content": text}])
 
     def ask(self) -> None:
@@ -120,6 +138,17 @@ class Soak:
             self.checkpoints.clear()
             self.session.rewind(self.random.randint(0, n))
 
+    def hold(self) -> None:
+        """An answer in a format."""
+        pattern = f"[a-z]{{1,{self.random.randint(2, 9)}}}: [0-9]+"
+        wanted = {**self.settings(), "response_format": {"type": "regex", "regex": pattern}}
+        self.n_tokens += len(self.session.ask(self.random.choice(QUESTIONS), **wanted).ids)
+
+    def document(self) -> None:
+        path = self.path.with_suffix(".py")
+        path.write_text(f"# {QUESTIONS[0]}\n{self.text()}")  # there are empty lines, and empty documents are refused
+        self.session.append_document(path)
+
     def fork(self) -> None:
         with self.session.fork() as twin:
             self.n_tokens += len(twin.ask(self.random.choice(QUESTIONS), **self.settings()).ids)
@@ -129,24 +158,43 @@ class Soak:
         with Session.load(self.path, n_threads=self.options["n_threads"]) as twin:
             self.n_tokens += len(twin.ask(self.random.choice(QUESTIONS), **self.settings()).ids)
 
+    def keep_on_disk(self) -> None:
+        """A long prompt in a session that keeps it, or finds it kept; more of them than there is room for."""
+        start = self.random.randrange(len(LINES) // 2)
+        with Session(cache_dir=self.cache, cache_size="8MiB", **self.opening) as other:
+            other.append("".join(LINES[start : start + 40]))
 
-def resident_and_used() -> tuple[float, float]:
-    """MiB of this process: as it stands, and without the free memory that malloc keeps for later."""
+
+class Mallinfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks",
+                     "keepcost")
+    ]  # fmt: skip
+
+
+def allocated_and_resident() -> tuple[float, float]:
+    """MiB of this process that somebody has allocated and not freed, and that are in memory, files apart."""
     gc.collect()
-    resident = resident_mib()
-    ctypes.CDLL(None).malloc_trim(0)
-    return resident, resident_mib()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo
+    libc.malloc_trim(0)
+    info = libc.mallinfo2()
+    return (info.uordblks + info.hblkhd) / MIB, anonymous_mib()
 
 
-def grown(used: list[float], n_warm: int) -> float:
-    """By how much memory grew: the most there ever was behind the first n_warm measurements, over the most there."""
-    return max(used[n_warm:]) - max(used[:n_warm])
+def slope(turns: Sequence[int], mib: Sequence[float]) -> float:
+    """Bytes a turn by which memory rises: the line of least squares through it."""
+    return linear_regression(turns, mib).slope * MIB
 
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="random turns on one session; exit code 1 when memory grows")
     parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--bound", type=float, default=16, help="MiB that memory in use may grow by (default 16)")
+    parser.add_argument("--allocated", type=float, default=64, help="bytes a turn it may rise (default %(default)g)")
+    parser.add_argument("--resident", type=float, default=8, help="MiB it may rise in all (default %(default)g)")
     parser.add_argument("--target", type=Path, help="a GGUF (default: the pair that ships)")
     parser.add_argument("--draft", type=Path)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
@@ -159,33 +207,42 @@ def main(arguments: list[str]) -> int:
     a = parse_arguments(arguments)
     options = {"target": a.target, "draft": a.draft, "device": a.device, "n_threads": a.threads}
     line = min(60.0, a.minutes * 60 / 10)  # seconds between two lines, so that a short run has ten too
-    n_lines = max(2, round(a.minutes * 60 / line))
-    n_warm = max(1, min(n_lines // 5, round(300 / line)))
-    used: list[float] = []
+    n_lines = max(4, round(a.minutes * 60 / line))
+    turns: list[int] = []
+    memory: list[tuple[float, float]] = []  # MiB allocated, resident
     with tempfile.TemporaryDirectory() as folder:
         soak = Soak(options, seed=a.seed, folder=Path(folder))
         soak.fill()
         started = time.monotonic()
         for at in range(1, n_lines + 1):
-            before = soak.done.total()
+            soak.turn()
             while time.monotonic() < started + at * line:
                 soak.turn()
-            resident, in_use = resident_and_used()
-            used.append(in_use)
+            soak.empty()
+            turns.append(soak.done.total())
+            memory.append(allocated_and_resident())
             buffers = sum(soak.session.memory.values()) / MIB
             print(
-                f"{at * line / 60:5.1f} min  {soak.done.total() - before:5d} turns  {resident:7.1f} MiB resident  "
-                f"{in_use:7.1f} in use  {buffers:7.2f} MiB of session buffers"
-                f"{'  (warming up)' if at <= n_warm else ''}",
+                f"{at * line / 60:5.1f} min  {turns[-1]:6d} turns  {memory[-1][0]:8.3f} MiB allocated  "
+                f"{memory[-1][1]:7.2f} resident  {buffers:7.2f} of session buffers",
                 flush=True,
             )
         soak.close()
-    growth = grown(used, n_warm)
     kinds = ", ".join(f"{n} {kind}" for kind, n in soak.done.most_common())
-    print(f"{soak.done.total()} turns ({kinds}), {soak.n_tokens} tokens said")
-    print(f"memory in use grew by {growth:.1f} MiB behind the warm-up; {a.bound:g} are allowed")
-    return 1 if growth > a.bound else 0
+    print(f"{turns[-1]} turns ({kinds}), {soak.n_tokens} tokens said")
+    half = n_lines // 2
+    allocated, resident = ([part[i] for part in memory[half:]] for i in (0, 1))
+    forgotten = slope(turns[half:], allocated)
+    torn = slope(turns[half:], resident) * (turns[-1] - turns[half]) / MIB
+    print("Over the second half, by a fitted line:")
+    print(
+        f"{min(allocated):.3f} to {max(allocated):.3f} MiB allocated, {forgotten:+.1f} bytes a turn of {a.allocated:g}"
+    )
+    print(f"{min(resident):.2f} to {max(resident):.2f} MiB resident, {torn:+.2f} MiB of {a.resident:g}")
+    return 1 if forgotten > a.allocated or torn > a.resident else 0
 
 
 if __name__ == "__main__":
+    if os.environ.get("PYTHONMALLOC") != "malloc":  # Python's own small blocks are counted too then
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, "PYTHONMALLOC": "malloc"})
     sys.exit(main(sys.argv[1:]))

@@ -15,16 +15,19 @@ def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load_script("scripts/soak.py")
 
 
-def test_growth_is_what_the_warm_up_did_not_see(soak: ModuleType) -> None:
-    assert soak.grown([5.0, 9.0, 8.0, 12.0, 11.0], 2) == 3.0
-    assert soak.grown([5.0, 9.0, 8.0], 2) == -1.0
+def test_a_slope_is_bytes_a_turn(soak: ModuleType) -> None:
+    assert soak.slope([10, 20, 40], [7.0, 8.0, 10.0]) == pytest.approx(2**20 / 10)
+    assert soak.slope([10, 20, 40], [7.0, 7.0, 7.0]) == 0.0
 
 
-@pytest.mark.parametrize(("bound", "status"), [("1000", 0), ("-1000", 1)])
-def test_a_short_one(soak: ModuleType, bound: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
-    assert soak.main(["--minutes", "0.02", f"--bound={bound}", "--device", "cpu"]) == status
-    out = capsys.readouterr().out
-    assert out.count("MiB of session buffers") == 10
-    for kind in ("append", "ask", "leave", "cancel", "keep", "rewind", "fork", "save and load"):
-        assert f" {kind}" in out.splitlines()[-2]
-    assert "memory in use grew by" in out
+@pytest.mark.parametrize(("most", "status"), [("1e9", 0), ("-1e9", 1)])
+def test_a_short_one(soak: ModuleType, most: str, status: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert soak.main(["--minutes", "0.02", f"--allocated={most}", "--resident=1e9", "--device", "cpu"]) == status
+    *lines, kinds, _, allocated, resident = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert all("MiB allocated" in line for line in lines)
+    for kind in ("append", "ask", "leave", "cancel", "keep", "rewind", "hold", "document", "fork", "save and load",
+                 "keep on disk"):  # fmt: skip
+        assert f" {kind}" in kinds
+    assert "MiB allocated" in allocated
+    assert "MiB resident" in resident
