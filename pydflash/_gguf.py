@@ -33,9 +33,9 @@ class Gguf:
     """An open GGUF file; a context manager. A getter returns None for an absent key; a wrong type is an error."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = os.fspath(path)
         out = ffi.new("pf_gguf **")
         check(lib.pf_gguf_open(c_path(path), out), path=path)
+        self.path = os.fspath(path)
         self._handle: Any = ffi.gc(out[0], lib.pf_gguf_free)
 
     def close(self) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pydflash._lib import c_path, check, ffi, lib
-from pydflash.errors import ModelFileError
+from pydflash.errors import ModelFileError, checked_path
 
 PathLike = str | os.PathLike[str]
 
@@ -99,7 +99,7 @@ def target_file(target: PathLike) -> Path:
 
 
 def _existing(path: PathLike, role: str) -> Path:
-    found = Path(path)
+    found = checked_path(path)
     c_path(found)  # refuses what no path can be
     if not found.exists():
         raise ModelFileError(f"the {role} {found} does not exist", path=found)

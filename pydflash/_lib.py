@@ -22,6 +22,7 @@ from pydflash.errors import (
     PydflashError,
     StateError,
     UnsupportedModelError,
+    checked_path,
 )
 
 try:
@@ -57,6 +58,7 @@ def check(status: int, *, path: str | os.PathLike[str] | None = None) -> None:
 
 def c_path(path: str | os.PathLike[str]) -> bytes:
     """A path as the core takes it."""
+    checked_path(path)
     raw = os.fsencode(path)
     if b"\0" in raw:
         raise ArgumentError(f"a path cannot contain a NUL byte: {os.fspath(path)!r}")

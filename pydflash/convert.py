@@ -31,6 +31,7 @@ from pydflash.errors import (
     ModelFormatError,
     PydflashError,
     UnsupportedModelError,
+    checked_path,
 )
 
 if TYPE_CHECKING:
@@ -58,17 +59,17 @@ def convert(
 
     if matrix_type not in (None, "q8_0"):
         raise ArgumentError(f"matrix_type is {matrix_type!r}; it must be 'q8_0', or None to leave matrices as they are")
-    folder = Path(source)
+    folder = checked_path(source)
     config = _read_config(folder)
     weights = _match_weights(folder, config, read_weights(folder))
-    with _whole_or_nothing(Path(destination)) as partial:
+    with _whole_or_nothing(checked_path(destination)) as partial:
         writer = gguf.GGUFWriter(partial, "dflash")
         try:
             _add_keys(writer, config)
             if target is None:
                 writer.add_uint32("tokenizer.ggml.mask_token_id", config.mask_token_id)
             else:
-                _add_target(writer, config, Path(target))
+                _add_target(writer, config, checked_path(target))
             for name, weight in weights.items():
                 _add_tensor(writer, name, weight, quantised=matrix_type is not None)
             writer.write_header_to_file()

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydflash._timeline import Progress, Snapshot, Timeline, held_ids
-from pydflash.errors import ModelFileError, SessionFileError
+from pydflash.errors import ModelFileError, SessionFileError, checked_path
 from pydflash.store import Core, SavedSession, restore_into, save_session, stored_bytes
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class DocumentCache:
     """The documents in a folder, at most max_bytes of them. SessionFileError when there can be no such folder."""
 
     def __init__(self, folder: str | os.PathLike[str], max_bytes: int) -> None:
-        self.folder = Path(folder)
+        self.folder = checked_path(folder)
         self.max_bytes = max_bytes
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from pydflash._gitignore import GitIgnore
-from pydflash.errors import DocumentError
+from pydflash.errors import DocumentError, checked_path
 
 MAX_TEXT = 64 << 20  # bytes: over ten million tokens, more than any context
 MAX_PDF = 1 << 30  # bytes
@@ -117,8 +117,8 @@ def read_documents(path: str | os.PathLike[str]) -> Documents:
 
     Raises DocumentError where there is nothing to read; its `reason` says why in a word.
     """
+    root = checked_path(path)
     try:
-        root = Path(path)
         is_folder = stat.S_ISDIR(os.stat(root).st_mode)
     except (OSError, ValueError) as error:
         raise _unreadable(path, error) from None

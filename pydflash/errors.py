@@ -10,6 +10,7 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
@@ -139,6 +140,14 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
     found = difflib.get_close_matches(name, list(known), n=1)
     return f", did you mean {found[0]!r}?" if found else ""
+
+
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """The path; ArgumentError for what is neither text nor a path."""
+    try:
+        return Path(path)
+    except TypeError:
+        raise ArgumentError(f"{path!r:.60} is no path: give text or a pathlib.Path") from None
 
 
 def checked_options(function: Callable[P, R]) -> Callable[P, R]:
