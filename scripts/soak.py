@@ -97,7 +97,7 @@ class Soak:
         pick = self.random.choice
         return {
             "max_tokens": self.random.randint(1, 48), "temperature": pick([0.0, 0.7, 1.2]), "top_p": pick([1.0, 0.9]),
-            "seed": self.random.randrange(1 << 32), "budget": pick([0, 4, 16, 24]), "chain": pick([False, True]),
+            "seed": self.random.randrange(1 << 32), "budget": pick(["auto", 0, 4, 24]), "chain": pick([False, True]),
             "repeat_penalty": pick([1.0, 1.1]), "logprobs": pick([None, None, 3]),
         }  # fmt: skip
 
