@@ -6,7 +6,8 @@
 
 Writes target.gguf (the Q4_K_M mix that llama.cpp's quantiser picks for this architecture) and draft.gguf (the DFlash
 drafter, BF16). Without the real weights this shows what a real model needs: memory, load time, time a pass. What it
-says is noise. There is no tokenizer: such a model takes and gives ids.
+says is noise. There is no tokenizer: such a model takes and gives ids. --vocab gives both files one whose tokens mean
+nothing but are as many, since llama.cpp's server opens no model without.
 
 The weights are scaled so that every product keeps the size of what goes in: logits stay finite and differ. They depend
 on --seed, --shape and the tensor's name alone. Written in pieces of 32 MiB; a file appears under its name when whole.
@@ -167,6 +168,24 @@ def target_keys(s: Shape) -> dict[str, Any]:
         "qwen35.ssm.group_count": K_HEADS,
         "qwen35.full_attention_interval": INTERVAL,
         "tokenizer.ggml.model": "none",
+    }
+
+
+def vocabulary(n_vocab: int) -> dict[str, Any]:
+    """A tokenizer's keys: the 256 bytes as gpt2's alphabet spells them, one merge, and names for the rest."""
+    shown = {*range(33, 127), *range(161, 173), *range(174, 256)}  # bytes that are their own letter
+    hidden = iter(range(256, 512))
+    alphabet = [chr(byte if byte in shown else next(hidden)) for byte in range(256)]
+    space = alphabet[ord(" ")]
+    tokens = [*alphabet, space + space]
+    tokens += [f"<|{i}|>" for i in range(len(tokens), n_vocab)]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen35",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [int(gguf.TokenType.NORMAL)] * (n_vocab - 1) + [int(gguf.TokenType.CONTROL)],
+        "tokenizer.ggml.merges": [f"{space} {space}"],
+        "tokenizer.ggml.eos_token_id": n_vocab - 1,
     }
 
 
@@ -333,7 +352,7 @@ def write(
 
 
 def room_for(tensors: list[Tensor]) -> int:
-    return sum(pad(t.n_bytes) for t in tensors) + (1 << 20)  # the header is well below a MiB
+    return sum(pad(t.n_bytes) for t in tensors) + (16 << 20)  # the header, with a vocabulary, is below 10 MiB
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -346,6 +365,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--draft-type", choices=("bf16", "q8_0"), default="bf16", help="the drafter's matrices")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights, 0 or more (default 0)")
     parser.add_argument("--sparse", action="store_true", help="headers over holes, all weights zero: for planning only")
+    parser.add_argument("--vocab", action="store_true", help="with a vocabulary that means nothing, for llama.cpp")
     parser.add_argument("--force", action="store_true", help="replace files that are there")
     options = parser.parse_args(arguments)
     if options.seed < 0:
@@ -353,9 +373,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     shape = SHAPES[options.shape]
     draft_kind = Kind[options.draft_type.upper()]
+    words = vocabulary(N_VOCAB) if options.vocab else {}
     files = [
-        ("target.gguf", "qwen35", target_keys(shape), list(target_tensors(shape))),
-        ("draft.gguf", "dflash", draft_keys(shape, draft_kind), list(draft_tensors(shape, draft_kind))),
+        ("target.gguf", "qwen35", target_keys(shape) | words, list(target_tensors(shape))),
+        ("draft.gguf", "dflash", draft_keys(shape, draft_kind) | words, list(draft_tensors(shape, draft_kind))),
     ]
     try:
         options.out.mkdir(parents=True, exist_ok=True)

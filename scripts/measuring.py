@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -221,6 +222,12 @@ def resident_mib() -> float:
 def allocated_mib() -> float:
     """Memory of this process that was asked for, MiB, touched or not: buffers for a long context fill as it grows."""
     return _status_mib("VmData")
+
+
+def available_memory() -> int:
+    """Memory of the machine that could be had, bytes."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", Path("/proc/meminfo").read_text())
+    return int(found[1]) << 10 if found else 0
 
 
 def _status_mib(field: str) -> float:

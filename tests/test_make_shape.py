@@ -141,6 +141,19 @@ def test_values(small: ModuleType, shape: str, tmp_path: Path) -> None:
         assert s.tokenizer is None
 
 
+def test_a_vocabulary(small: ModuleType, tmp_path: Path) -> None:
+    """Every byte is a token, spelt as GPT-2 spells it; the weights are what they are without."""
+    for folder, options in (("a", []), ("b", ["--vocab"])):
+        assert small.main(["--shape", "small", "--out", str(tmp_path / folder), *options]) == 0
+    for name in ("target.gguf", "draft.gguf"):
+        (_, plain), (keys, tensors) = (read(tmp_path / folder / name) for folder in "ab")
+        assert all((tensors[t].data == plain[t].data).all() for t in plain)
+        assert len(keys["tokenizer.ggml.tokens"]) == 512
+    with pydflash.Session(tmp_path / "b" / "target.gguf", tmp_path / "b" / "draft.gguf", n_ctx=128, n_threads=1) as s:
+        assert s.tokenize("a   ö") == [97, 256, 32, *"ö".encode()]
+        assert s.detokenize([97, 256, 32, *"ö".encode()]) == "a   ö"
+
+
 def test_refusals(
     small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

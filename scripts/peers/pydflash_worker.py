@@ -1,0 +1,97 @@
+"""Our engine behind lines of JSON: the first opens a session, each that follows is a run. See engines.LinesEngine.
+
+A run with "accepted" is a measurement: the target's own text is recorded, and then proposed so that each pass accepts
+exactly so many tokens of a chain. What is said is still the target's choice.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pydflash
+from pydflash._lib import check, lib
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from measuring import Timeline
+
+N_LINE = 15  # tokens that are proposed for a pass
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever else is printed is no answer
+    session: pydflash.Session | None = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        try:
+            if session is None:
+                session = pydflash.Session(**asked, kv_type="f16", device="cpu")
+                reply = {"version": pydflash.__version__}
+            else:
+                reply = run(session, **asked)
+        except pydflash.PydflashError as error:
+            reply = {"error": f"pydflash: {error}"}
+        answers.write(json.dumps(reply) + "\n")
+
+
+def run(
+    session: pydflash.Session, ids: list[int], n_tokens: int, forbidden: list[int], **settings: Any
+) -> dict[str, Any]:
+    """The fields of an engines.Answer."""
+    if "accepted" in settings:
+        return recorded(session, ids, n_tokens, **settings)
+    session.reset()
+    greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "logit_bias": dict.fromkeys(forbidden, -math.inf)}
+    result = session.generate(ids, max_tokens=n_tokens, **greedy, **settings)
+    stats = result.stats
+    return {
+        "ids": result.ids,
+        "n_prefilled": stats.n_prompt - 1,
+        "prefill_seconds": stats.prefill_ms / 1e3,
+        "n_decoded": stats.n_generated,
+        "decode_seconds": stats.n_generated / stats.decode_tps,
+        "n_passes": stats.n_steps,
+        "n_drafted": stats.n_drafted,
+        "ms": stats.ms,
+    }
+
+
+def recorded(session: pydflash.Session, ids: list[int], n_tokens: int, accepted: int) -> dict[str, Any]:
+    """A run whose passes accept so many tokens each, while the target says what it said when it was recorded."""
+    timeline = Timeline(session)
+    timeline.append(ids)
+    text = timeline.decode(n_tokens + N_LINE, budget=0).ids
+    timeline = Timeline(session)
+    prefill_seconds = timeline.append(ids)
+    said: list[int] = []
+    seconds = 0.0
+    n_passes = 0
+    ms: dict[str, float] = {}
+    while len(said) < n_tokens:
+        line = text[len(said) : len(said) + N_LINE]
+        line[accepted - 1 :] = [(token + 1) % session.n_vocab for token in line[accepted - 1 :]]
+        check(lib.pf_session_propose(session._core.session, line, len(line)))
+        step = timeline.decode(n_tokens - len(said), budget=N_LINE, chain=True, n_steps=1)
+        said += step.ids
+        seconds += step.seconds[0]
+        n_passes += 1
+        ms = {part: ms.get(part, 0.0) + spent[0] for part, spent in step.ms.items()}
+    return {
+        "ids": said,
+        "n_prefilled": len(ids) - 1,
+        "prefill_seconds": prefill_seconds,
+        "n_decoded": len(said),
+        "decode_seconds": seconds,
+        "n_passes": n_passes,
+        "n_drafted": n_passes * N_LINE,
+        "ms": ms,
+    }
+
+
+if __name__ == "__main__":
+    main()
