@@ -40,6 +40,11 @@ std::vector<Plan::Row> Runner::memory() const {
     return rows;
 }
 
+void Runner::clear() {
+    caches_.state.clear();
+    forget_context();
+}
+
 void Runner::reserve_tree(int32_t n_nodes) {
     if (n_nodes > caches_.state.max_nodes) {
         compute_.drop_graphs(); // they point at the old scratch
@@ -51,11 +56,22 @@ void Runner::reserve_tree(int32_t n_nodes) {
 const PassOutputs & Runner::pass(const Nodes & nodes, int64_t n, const PassOptions & options) {
     const int64_t n_nodes = nodes.n;
     const int64_t n_kv = std::min(round_up(n + n_nodes, kv_granule), caches_.state.n_rows);
+    if (options.taps) {
+        // Behind what waits; a whole chunk does so no longer than until the next pass.
+        first_feature_ = waiting_.empty() ? 0 : waiting_.back().row + 1;
+        if (first_feature_ + n_nodes > caches_.state.params.n_features) {
+            settle_context();
+            first_feature_ = 0;
+        }
+    }
     PassGraph & g = graph(PassShape{n_nodes, n_kv, options});
 
     embed_rows(caches_.target.token_embd(), nodes.token.data(), n_nodes, embd_.data());
     compute_.set(g.in.embd, embd_.data());
 
+    if (options.taps) {
+        std::iota(host(g.in.feature_rows), host(g.in.feature_rows) + n_nodes, first_feature_);
+    }
     *host(g.n_committed) = (int32_t) n;
     std::copy_n(nodes.parent.data(), n_nodes, host(g.in.parent));
     for (int32_t i = 0; i < n_nodes; ++i) {
@@ -105,20 +121,31 @@ void Runner::fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t
 // ---- the drafter -------------------------------------------------------------------------------------------------
 
 void Runner::append_context(const int32_t * nodes, int32_t count, int64_t first) {
+    for (int32_t i = 0; i < count; ++i) {
+        waiting_.push_back({first_feature_ + (nodes ? nodes[i] : i), first + i});
+    }
+}
+
+void Runner::settle_context() {
+    const int32_t count = (int32_t) waiting_.size();
+    if (count == 0) {
+        return;
+    }
     const int32_t n = node_bucket(count);
     AppendGraph & g = graph(AppendShape{n});
     for (int32_t i = 0; i < n; ++i) {
-        const int32_t k = std::min(i, count - 1); // pads repeat the last
-        const int64_t position = first + k;
-        host(g.in.nodes)[i] = nodes ? nodes[k] : k;
-        host(g.in.pos)[i] = (int32_t) position;
-        host(g.in.slots)[i] = (int32_t) (i < count ? caches_.draft->slot(position) : caches_.draft->pad_slot());
+        const Feature & feature = waiting_[(size_t) std::min(i, count - 1)]; // pads repeat the last
+        host(g.in.nodes)[i] = feature.row;
+        host(g.in.pos)[i] = (int32_t) feature.position;
+        host(g.in.slots)[i] = (int32_t) (i < count ? caches_.draft->slot(feature.position) : caches_.draft->pad_slot());
     }
     compute_.set(g.indices, indices_.data());
     compute_.run(g);
+    waiting_.clear();
 }
 
 DraftGraph & Runner::run_draft(int32_t pending, int64_t n, int32_t n_depth, int32_t n_rank) {
+    settle_context();
     const DraftCache & cache = *caches_.draft;
     const int64_t n_kv = std::min(round_up(cache.block_size + std::min(n, cache.n_ring), kv_granule), cache.n_slots);
     DraftGraph & g = graph(DraftShape{n_kv, n_depth, n_rank});

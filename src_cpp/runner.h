@@ -33,7 +33,7 @@ class Runner {
     Runner(const Target & target, const Drafter * drafter, const pf_session_params & params);
 
     int32_t max_nodes() const { return max_nodes_; } // of any pass
-    void clear() { caches_.state.clear(); }          // everything back to the empty timeline
+    void clear();                                    // everything back to the empty timeline
     void reserve_tree(int32_t n_nodes);              // room for trees of so many nodes
     void drop_graphs() { compute_.drop_graphs(); }
     std::vector<Plan::Row> memory() const; // what is allocated
@@ -46,8 +46,11 @@ class Runner {
     // Commits a path (root first) of the tree that the last pass over n_nodes nodes left behind.
     void commit(const int32_t * path, int32_t n_path, int32_t n_nodes, int64_t n);
     // Features of `count` nodes of the last pass, which now stand committed from position `first` on, become context of
-    // the drafter; nodes may be null for the first `count`.
+    // the drafter; nodes may be null for the first `count`. They wait, and many become it at once, until the drafter is
+    // asked, or there is no more room: where nothing is drafted that costs next to nothing.
     void append_context(const int32_t * nodes, int32_t count, int64_t first);
+    void settle_context();                      // what waits becomes context now: before the caches are read
+    void forget_context() { waiting_.clear(); } // before they are written
     // Drafts the block behind a pending token at position n: the n_rank likeliest tokens of each depth, likeliest first,
     // with their log-probabilities, each [n_depth, n_rank]; ids of -1 where a depth's logits are unusable.
     void draft(int32_t pending, int64_t n, int32_t n_depth, int32_t n_rank, int32_t * ids, float * logp);
@@ -66,6 +69,13 @@ class Runner {
     int32_t max_nodes_;
     Compute compute_;
     Caches caches_;
+
+    struct Feature {
+        int32_t row; // of the features
+        int64_t position;
+    };
+    std::vector<Feature> waiting_; // to become context, rows and positions rising
+    int32_t first_feature_ = 0;    // row of the last pass's first node
 
     std::vector<float> embd_; // work memory, sized once
     std::vector<int32_t> indices_, path_, top_;

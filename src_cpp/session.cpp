@@ -344,6 +344,8 @@ void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
     Policy::Choice choice = policy.choose(tree_, budget_ + 1);
     if (n_depth > 0 && policy.drafts(proposed)) {
         Timer timer;
+        runner_.settle_context();
+        policy.paid(timer.lap_ms());
         draft(block, n_depth);
         spent_.draft_ms = timer.lap_ms();
         propose_line(block, n_line);
@@ -431,8 +433,9 @@ void Session::measure_costs() {
         return;
     }
     const auto time_draft = [&] {
-        Timer timer;
         if (drafter_ && budget_ > 0) {
+            runner_.settle_context();
+            Timer timer;
             const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
             runner_.draft(pending(), n_, std::min(drafter_->block_size - 1, budget_), n_rank, top_ids_.data(),
                           top_logp_.data());

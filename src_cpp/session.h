@@ -55,14 +55,14 @@ class Session {
 
     // Going back, keeping and moving a timeline; what is what is in snapshot.h.
     uint64_t state_bytes(int64_t n) const; // of n committed tokens
-    void get_state(void * out, uint64_t size) const;
+    void get_state(void * out, uint64_t size);
     void rewind(int64_t n, const void * state, uint64_t size);
     int32_t n_kv() const;
     uint64_t kv_row_bytes(int32_t tensor) const;
     void get_kv(int32_t tensor, int64_t first, int64_t n, void * out, uint64_t size) const;
     void set_kv(int32_t tensor, int64_t first, int64_t n, const void * rows, uint64_t size);
     void restore(const int32_t * ids, int64_t n, const void * state, uint64_t size);
-    void copy(const Session & from);
+    void copy(Session & from);
 
     void logits(const int32_t * ids, uint64_t n, float * out);
     void hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t> & layers, float * out);

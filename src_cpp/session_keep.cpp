@@ -43,12 +43,13 @@ uint64_t Session::state_bytes(int64_t n) const {
     return n < 0 ? 0 : pf::state_bytes(runner_.caches(), n);
 }
 
-void Session::get_state(void * out, uint64_t size) const {
+void Session::get_state(void * out, uint64_t size) {
     require_settled("get_state");
     if (size != state_bytes(n_)) {
         throw Error(PF_ERR_ARGUMENT, "get_state: there is room for " + std::to_string(size) +
                                          " bytes, but the state has " + std::to_string(state_bytes(n_)));
     }
+    runner_.settle_context();
     pf::get_state(runner_.caches(), tokens_.data(), n_, out);
 }
 
@@ -63,6 +64,7 @@ void Session::rewind(int64_t n, const void * state, uint64_t size) {
     }
     if (n < n_ || size > 0) {
         check_state("rewind", tokens_.data(), n, state, size);
+        runner_.forget_context();
         set_state(runner_.caches(), n, state);
     }
     n_ = n;
@@ -121,7 +123,7 @@ void Session::restore(const int32_t * ids, int64_t n, const void * state, uint64
     copier_.grow(ids, n);
 }
 
-void Session::copy(const Session & from) {
+void Session::copy(Session & from) {
     require_settled("copy");
     from.require_settled("copy");
     if (this == &from) {
@@ -145,6 +147,8 @@ void Session::copy(const Session & from) {
         copying_ = from.copying_;
         stop_ids_ = from.stop_ids_;
         chooser_ = from.chooser_;
+        from.runner_.settle_context();
+        runner_.forget_context();
         copy_timeline(from.runner_.caches(), runner_.caches(), from.n_);
         tokens_ = from.tokens_;
         n_ = from.n_;

@@ -102,13 +102,16 @@ void build(const Caches & caches, const PassShape & shape, PassGraph & g) {
     const PassOptions & options = shape.options;
     const StateShape & s = caches.target.state_shape;
     const int64_t n = shape.n_nodes;
-    IndexBlock indices(b, 3 * n + 1 + (options.commit ? n_commit_indices(s, n, false) : 0));
+    IndexBlock indices(b, (options.taps ? 4 : 3) * n + 1 + (options.commit ? n_commit_indices(s, n, false) : 0));
     g.indices = indices.all();
     g.n_committed = indices.take(1);
     g.in.embd = b.input(GGML_TYPE_F32, caches.target.n_embd, n);
     g.in.pos = indices.take(n);
     g.in.parent = indices.take(n);
     g.in.kv_rows = indices.take(n);
+    if (options.taps) {
+        g.in.feature_rows = indices.take(n);
+    }
     g.in.mask = ggml_tree_mask(b.ctx, g.in.parent, g.n_committed, shape.n_kv);
     if (options.commit) {
         g.commit = commit_inputs(indices, s, n, false);

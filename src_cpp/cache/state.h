@@ -58,7 +58,7 @@ class State {
     std::vector<ggml_tensor *> k, v;    // [head_dim * n_head_kv, n_rows] an attention layer
     std::vector<ggml_tensor *> s;       // [d_key, d_value, n_value_heads] f32, a recurrent layer
     std::vector<ggml_tensor *> conv;    // [channels, K-1] f32, row 0 oldest
-    ggml_tensor * features = nullptr;   // [n_taps * n_embd, n_features] row i: node i of the last pass
+    ggml_tensor * features = nullptr;   // [n_taps * n_embd, n_features] rows as passes were told
     ggml_tensor * hadamard_k = nullptr; // [n, n] orthonormal
     ggml_tensor * hadamard_v = nullptr;
 

@@ -53,7 +53,7 @@ class Qwen35 final : public Target {
                     const PassOptions & options, PassOutputs & out) const override {
         ggml_tensor * h = in.embd; // [n_embd, N], the residual
         for (int il = 0; il < n_layer; ++il) {
-            tap(b, il, h, state, options, out);
+            tap(b, il, h, in, state, options, out);
             const Layer & layer = layers_[(size_t) il];
             ggml_tensor * x = b.rms_norm(h, layer.attn_norm, eps_);
             ggml_tensor * y = layer.recurrent ? build_delta_net(b, layer, x, in, commit, state, options.commit)
@@ -62,7 +62,7 @@ class Qwen35 final : public Target {
             x = b.rms_norm(h, layer.ffn_norm, eps_);
             h = ggml_add(b.ctx, h, b.swiglu_ffn(x, layer.gate, layer.up, layer.down));
         }
-        tap(b, n_layer, h, state, options, out);
+        tap(b, n_layer, h, in, state, options, out);
         if (options.head != PassHead::none) {
             out.logits = b.linear(output, b.rms_norm(h, output_norm_, eps_));
         }
@@ -189,14 +189,15 @@ class Qwen35 final : public Target {
     }
 
     // h is the input of layer il (n_layer: the output of the last): into the features, and out of the graph if asked for.
-    void tap(const GraphBuilder & b, int il, ggml_tensor * h, const State & state, const PassOptions & options,
-             PassOutputs & out) const {
+    void tap(const GraphBuilder & b, int il, ggml_tensor * h, const PassInputs & in, const State & state,
+             const PassOptions & options, PassOutputs & out) const {
         if (options.taps) {
             for (size_t i = 0; i < options.taps->size(); ++i) {
                 if ((*options.taps)[i] == il) {
-                    ggml_tensor * to = ggml_view_2d(b.ctx, state.features, n_embd, h->ne[1], state.features->nb[1],
-                                                    ggml_row_size(state.features->type, (int64_t) i * n_embd));
-                    b.keep(ggml_cpy(b.ctx, h, to));
+                    ggml_tensor * all = state.features;
+                    ggml_tensor * to = ggml_view_2d(b.ctx, all, n_embd, all->ne[1], all->nb[1],
+                                                    ggml_row_size(all->type, (int64_t) i * n_embd));
+                    b.keep(ggml_set_rows(b.ctx, to, h, in.feature_rows));
                 }
             }
         }

@@ -16,11 +16,12 @@ void embed_rows(const ggml_tensor * table, const int32_t * ids, int64_t n, float
 
 // Inputs of one pass over N nodes.
 struct PassInputs {
-    ggml_tensor * embd = nullptr;    // [n_embd, N] f32
-    ggml_tensor * pos = nullptr;     // [N] i32, n + depth
-    ggml_tensor * parent = nullptr;  // [N] i32
-    ggml_tensor * kv_rows = nullptr; // [N] i32, cache row of each node
-    ggml_tensor * mask = nullptr;    // [n_kv, N] f16
+    ggml_tensor * embd = nullptr;         // [n_embd, N] f32
+    ggml_tensor * pos = nullptr;          // [N] i32, n + depth
+    ggml_tensor * parent = nullptr;       // [N] i32
+    ggml_tensor * kv_rows = nullptr;      // [N] i32, cache row of each node
+    ggml_tensor * mask = nullptr;         // [n_kv, N] f16
+    ggml_tensor * feature_rows = nullptr; // [N] i32, row of state.features for each node; only where layers are tapped
 };
 
 // What a pass says of every node: nothing, the likeliest token alone, or all of its logits.

@@ -33,6 +33,8 @@ class Policy {
     bool drafts(bool proposed);
     // It was drafted: what could have been done without, and what can be done now.
     void drafted(const Choice & without, const Choice & with, bool proposed);
+    // Time that drafting took besides, for what had waited until then.
+    void paid(double ms) { spare_ms_ -= ms; }
     // The step gave so many tokens in so many milliseconds. n_nodes: of its pass with pads. typical: it did nothing that
     // others do not, such as building a graph.
     void finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double pass_ms, bool typical);
