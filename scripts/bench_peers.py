@@ -34,6 +34,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,14 +51,14 @@ from pydflash.bench.prompts import Prompt
 SECTION = "peers"  # of the Markdown file
 FULL: dict[str, Any] = {"prompts": 4, "rounds": 3, "n_gen": 64, "depths": [0, 1024, 8192], "prefill": [512, 2048]}
 QUICK: dict[str, Any] = {"prompts": 2, "rounds": 2, "n_gen": 48, "depths": [0], "prefill": [512, 2048]}
-COSTS: dict[str, Any] = {"prompts": 1, "rounds": 2, "n_gen": 24, "depths": [0], "prefill": [128]}
+COSTS: dict[str, Any] = {"prompts": 1, "rounds": 2, "n_gen": 256, "depths": [0], "prefill": [128]}
 N_DEEP = 1  # prompts behind a document, of the first category
 N_SPARE = 1024  # context for prompt and answer
 DRAFTS = (3, 7, 15)  # of llama.cpp: its default, half a block, a block
 CHAINS, TREES = (3, 7, 15), (4, 8, 15)  # ours; 15 drafted tokens are a pass over 16
 LENGTHS = (6, 8)  # tokens accepted a pass, of --costs
 N_RANDOM = 16  # tokens of its prompt
-N_PASSES = 6  # that are measured where each gives a token
+N_PASSES = 8  # of its runs
 
 
 def line_up(drafted: bool, costs: bool) -> list[Arm]:
@@ -65,16 +66,14 @@ def line_up(drafted: bool, costs: bool) -> list[Arm]:
     arms = [Arm(PEER, PEER), Arm(PLAIN, PLAIN_ENGINE, {"budget": 0})]
     if not drafted:
         return arms
-    n_tokens = N_PASSES if costs else None  # of weights that say nothing, every token is a pass
-    arms += [Arm(f"{PEER} chain {n}", f"{PEER} chain {n}", n_tokens=n_tokens) for n in DRAFTS]
-    arms += [Arm(f"chain {n}", ENGINE, {"budget": n, "chain": True}, n_tokens=n_tokens) for n in CHAINS]
-    arms += [Arm(f"tree {n}", ENGINE, {"budget": n, "chain": False}, n_tokens=n_tokens) for n in TREES]
-    if costs:
-        arms += [Arm(f"{PEER} of {n}", f"{PEER} of {n}", checked=False) for n in LENGTHS]
-        arms += [Arm(f"recorded {n}", ENGINE, {"accepted": n}) for n in LENGTHS]
-    else:
-        arms += [Arm("auto", ENGINE, {"budget": "auto"})]
-    return arms
+    arms += [Arm(f"{PEER} chain {n}", f"{PEER} chain {n}") for n in DRAFTS]
+    arms += [Arm(f"chain {n}", ENGINE, {"budget": n, "chain": True}) for n in CHAINS]
+    arms += [Arm(f"tree {n}", ENGINE, {"budget": n, "chain": False}) for n in TREES]
+    if not costs:
+        return [*arms, Arm("auto", ENGINE, {"budget": "auto"})]
+    arms += [Arm(f"{PEER} of {n}", f"{PEER} of {n}", checked=False) for n in LENGTHS]
+    arms += [Arm(f"recorded {n}", ENGINE, {"accepted": n}) for n in LENGTHS]
+    return [replace(arm, settings=arm.settings | {"n_passes": N_PASSES}) for arm in arms]
 
 
 def opener(args: argparse.Namespace, target: Path, draft: Path | None, n_threads: int, logs: Path) -> Any:
@@ -168,13 +167,15 @@ def one(args: argparse.Namespace, target: Path, draft: Path | None, n_threads: i
         sides.check(found, arms, cases, session, answers.largest_tie(session, target))
     files = " with ".join(f"{path.name} ({path.stat().st_size / 2**20:,.0f} MiB)" for path in (target, draft) if path)
     system = "; ".join(found.about[PEER]["system"]).partition("|")[2].strip()
+    length = f"{N_PASSES} passes" if args.costs else f"{args.n_gen} tokens"
     how = (
-        f"{files}; {len(cases)} prompts x {args.n_gen} tokens x {args.rounds} rounds, n_ctx {args.n_ctx:,}. "
+        f"{files}; {len(cases)} prompts x {length} x {args.rounds} rounds, n_ctx {args.n_ctx:,}. "
         f"llama.cpp ({args.llama_server.name if args.llama_server else 'xllamacpp'}) says: {system}."
     )
     about = {"target": str(target.name), "n_threads": n_threads}
+    told = summary.blocks_of_costs(found) if args.costs else summary.blocks(found, len(cases))
     return {
-        "blocks": [f"### {title}", how, *summary.blocks(found, len(cases))],
+        "blocks": [f"### {title}", how, *told],
         "data": about | summary.as_data(found),
     }
 

@@ -170,6 +170,13 @@ def test_ours_takes_part(tmp_path: Path) -> None:
         assert answers[0].n_passes == 12
         assert answers[2].n_passes < 12
         assert all(0 < a.decode_seconds + a.prefill_seconds < a.wall_seconds for a in answers)
+        chain = engine.generate(ids, 64, {"budget": 7, "chain": True, "n_passes": 3})
+        assert chain.n_passes == 3
+        assert chain.n_drafted == 21, "whole passes"
+        for accepted in (3, 6):
+            told = engine.generate(ids, 64, {"n_passes": 3, "accepted": accepted})
+            assert told.n_decoded == 3 * accepted
+            assert told.ids[:12] == plain[: 3 * accepted]
         assert plain[3] not in engine.generate(ids, 12, {"budget": 8}, [plain[3]]).ids
     finally:
         engine.close()
@@ -192,6 +199,9 @@ def test_llama_cpp_takes_part(tmp_path: Path) -> None:
         assert said.n_decoded == 23
         assert 0 < said.n_passes < 23
         assert said.n_drafted > 0
+        whole = peer.generate(ids, 256, {"n_passes": 3}, peer.forbidden)
+        assert (whole.n_passes, whole.n_drafted) == (3, 21)
+        assert whole.ids == peer.generate(ids, len(whole.ids), {}, peer.forbidden).ids
         assert "CPU" in peer.about["system"][0]
     finally:
         peer.close()

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -86,7 +86,11 @@ class Engine:
     def generate(
         self, ids: Sequence[int], n_tokens: int, settings: dict[str, Any], forbidden: Sequence[int] = ()
     ) -> Answer:
-        """Raises EngineError. forbidden: tokens that are not said."""
+        """Raises EngineError. forbidden: tokens that are not said.
+
+        With "n_passes" in the settings it ends behind so many passes, all of them whole: n_tokens must be more than
+        they can give, since what is left to say bounds what is drafted.
+        """
         raise NotImplementedError
 
     @contextmanager
@@ -216,7 +220,7 @@ class LlamaCpp(Engine):
         self, ids: Sequence[int], n_tokens: int, settings: dict[str, Any], forbidden: Sequence[int] = ()
     ) -> Answer:
         assert set(forbidden) <= set(self.forbidden), "ignore_eos forbids what ends a text, and nothing else"
-        body = {
+        body: dict[str, Any] = {
             "prompt": list(ids),
             "n_predict": n_tokens,
             "return_tokens": True,
@@ -227,29 +231,51 @@ class LlamaCpp(Engine):
             "top_k": 1,
             **settings,
         }
+        n_passes = body.pop("n_passes", None)
+        if n_passes is not None:
+            body |= {"stream": True, "timings_per_token": True}
         request = urllib.request.Request(
             self._address + "/completion", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         start = time.perf_counter()
         try:
             with urllib.request.urlopen(request) as answer:
-                reply = json.load(answer)
+                reply = json.load(answer) if n_passes is None else _first_passes(answer, n_passes)
         except OSError as error:
             raise self.failed(f"llama.cpp did not answer ({error})") from None
-        seconds = time.perf_counter() - start
         timings = reply["timings"]
-        n_decoded = max(0, timings["predicted_n"] - 1)  # the first comes out of prefill; its clock starts behind that
-        n_drafted = timings.get("draft_n", 0)
         return Answer(
             ids=reply["tokens"],
             n_prefilled=timings["prompt_n"],
             prefill_seconds=timings["prompt_ms"] / 1e3,
-            n_decoded=n_decoded,
+            n_decoded=max(0, timings["predicted_n"] - 1),  # the first comes out of prefill, its clock starts behind it
             decode_seconds=timings["predicted_ms"] / 1e3,
-            n_passes=n_decoded - timings.get("draft_n_accepted", 0),  # a pass gives what it accepts and one more
-            wall_seconds=seconds,
-            n_drafted=n_drafted,
+            n_passes=_passes(timings),
+            wall_seconds=time.perf_counter() - start,
+            n_drafted=timings.get("draft_n", 0),
         )
+
+
+def _passes(timings: dict[str, Any]) -> int:
+    """A pass gives what it accepts and one token more."""
+    return int(max(0, timings["predicted_n"] - 1) - timings.get("draft_n_accepted", 0))
+
+
+def _first_passes(stream: Iterable[bytes], n_passes: int) -> dict[str, Any]:
+    """Reads the events of a stream, one a token, until so many passes have come whole; leaving it ends the run."""
+    ids: list[int] = []
+    timings: dict[str, Any] = {"predicted_ms": None}
+    n_seen = -1  # prefill gives the first token
+    for line in stream:
+        if not line.startswith(b"data: {"):
+            continue
+        event = json.loads(line[6:])
+        n_seen += event["timings"]["predicted_ms"] != timings["predicted_ms"]  # the tokens of a pass share its time
+        if n_seen > n_passes:
+            break
+        timings = event["timings"]
+        ids += event.get("tokens", ())
+    return {"tokens": ids, "timings": timings}
 
 
 def _arguments(setup: Setup, port: int) -> list[str]:

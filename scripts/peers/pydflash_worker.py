@@ -1,7 +1,8 @@
 """Our engine behind lines of JSON: the first opens a session, each that follows is a run. See engines.LinesEngine.
 
-A run with "accepted" is a measurement: the target's own text is recorded, and then proposed so that each pass accepts
-exactly so many tokens of a chain. What is said is still the target's choice.
+A run with "n_passes" ends behind so many passes, all of them whole; with "accepted" too, the target's own text is
+recorded first and then proposed so that each pass accepts exactly so many tokens of a chain. What is said is still the
+target's choice, pass by pass.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring import Timeline
 
 N_LINE = 15  # tokens that are proposed for a pass
+_recorded: dict[tuple[int, ...], list[int]] = {}  # what follows a prompt
 
 
 def main() -> None:
@@ -43,8 +45,8 @@ def run(
     session: pydflash.Session, ids: list[int], n_tokens: int, forbidden: list[int], **settings: Any
 ) -> dict[str, Any]:
     """The fields of an engines.Answer."""
-    if "accepted" in settings:
-        return recorded(session, ids, n_tokens, **settings)
+    if "n_passes" in settings:
+        return passes(session, ids, **settings)
     session.reset()
     greedy: dict[str, Any] = {"temperature": 0, "ignore_eos": True, "logit_bias": dict.fromkeys(forbidden, -math.inf)}
     result = session.generate(ids, max_tokens=n_tokens, **greedy, **settings)
@@ -61,25 +63,27 @@ def run(
     }
 
 
-def recorded(session: pydflash.Session, ids: list[int], n_tokens: int, accepted: int) -> dict[str, Any]:
-    """A run whose passes accept so many tokens each, while the target says what it said when it was recorded."""
-    timeline = Timeline(session)
-    timeline.append(ids)
-    text = timeline.decode(n_tokens + N_LINE, budget=0).ids
+def passes(
+    session: pydflash.Session, ids: list[int], n_passes: int, accepted: int | None = None, **shape: Any
+) -> dict[str, Any]:
+    """So many whole passes of one shape, a chain of N_LINE where tokens are recorded."""
+    if accepted is not None:
+        shape = {"budget": N_LINE, "chain": True}
+    text = [] if accepted is None else recorded(session, ids, n_passes * accepted)
     timeline = Timeline(session)
     prefill_seconds = timeline.append(ids)
     said: list[int] = []
     seconds = 0.0
-    n_passes = 0
     ms: dict[str, float] = {}
-    while len(said) < n_tokens:
-        line = text[len(said) : len(said) + N_LINE]
-        line[accepted - 1 :] = [(token + 1) % session.n_vocab for token in line[accepted - 1 :]]
-        check(lib.pf_session_propose(session._core.session, line, len(line)))
-        step = timeline.decode(n_tokens - len(said), budget=N_LINE, chain=True, n_steps=1)
+    for _ in range(n_passes):
+        if accepted is not None:
+            line = (text[len(said) :] + text)[:N_LINE]
+            propose(
+                session, [*line[: accepted - 1], *((token + 1) % session.n_vocab for token in line[accepted - 1 :])]
+            )
+        step = timeline.decode(N_LINE + 1, n_steps=1, **shape)
         said += step.ids
         seconds += step.seconds[0]
-        n_passes += 1
         ms = {part: ms.get(part, 0.0) + spent[0] for part, spent in step.ms.items()}
     return {
         "ids": said,
@@ -88,9 +92,31 @@ def recorded(session: pydflash.Session, ids: list[int], n_tokens: int, accepted:
         "n_decoded": len(said),
         "decode_seconds": seconds,
         "n_passes": n_passes,
-        "n_drafted": n_passes * N_LINE,
+        "n_drafted": n_passes * shape["budget"],
         "ms": ms,
     }
+
+
+def recorded(session: pydflash.Session, ids: list[int], n_tokens: int) -> list[int]:
+    """What the target says in passes over a whole line, which round otherwise than passes over one token: plain
+    decoding guesses, such a pass says how far that was right, and guesses begin anew behind it."""
+    said = _recorded.setdefault(tuple(ids), [])
+    if len(said) >= n_tokens:
+        return said[:n_tokens]
+    timeline = Timeline(session)
+    timeline.append([*ids, *said])
+    while len(said) < n_tokens:
+        mark = timeline.mark()
+        guess = timeline.decode(N_LINE, budget=0).ids
+        timeline.back_to(mark)
+        propose(session, guess)
+        said += timeline.decode(N_LINE + 1, budget=N_LINE, chain=True, n_steps=1).ids
+    return said[:n_tokens]
+
+
+def propose(session: pydflash.Session, line: list[int]) -> None:
+    """A line for the next pass, taken for certain."""
+    check(lib.pf_session_propose(session._core.session, line, len(line)))
 
 
 if __name__ == "__main__":

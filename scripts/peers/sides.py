@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pydflash
@@ -33,14 +33,13 @@ N_WARM = 16  # tokens that are thrown away first
 class Arm:
     """A way of decoding. engine: a name; settings: what its `generate` is given.
 
-    checked: its text is the target's. n_tokens: of each answer, instead of what the others give.
+    checked: its text is the target's.
     """
 
     name: str
     engine: str
     settings: dict[str, Any] = field(default_factory=dict)
     checked: bool = True
-    n_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -116,12 +115,14 @@ def measure(
             warm = {case.depth: case for case in cases}
             for arm in group:
                 for case in warm.values():
-                    _ask(out, engines[arm.engine], arm, case.ids, min(N_WARM, arm.n_tokens or n_gen))
+                    fewer = {"n_passes": 1} if "n_passes" in arm.settings else {}
+                    short = replace(arm, settings=arm.settings | fewer)
+                    _ask(out, engines[arm.engine], short, case.ids, min(N_WARM, n_gen))
             for number in range(rounds):
                 for i, case in enumerate(cases):
                     progress(f"round {number + 1} of {rounds}, prompt {i + 1} of {len(cases)}")
                     for arm in _turned(group, number + i):
-                        answer = _ask(out, engines[arm.engine], arm, case.ids, arm.n_tokens or n_gen)
+                        answer = _ask(out, engines[arm.engine], arm, case.ids, n_gen)
                         _keep(out, arm, case, number, answer)
                         if case.depth and arm in readers:
                             rates = out.prefill.setdefault(arm.engine, {}).setdefault(case.depth, [])
@@ -143,7 +144,7 @@ def check(out: Measured, arms: Sequence[Arm], cases: Sequence[Case], session: py
                 session,
                 case.ids,
                 plain[: len(said)],
-                {name: said},
+                {name: said[: len(plain)]},
                 category=case.prompt.category,
                 number=case.prompt.number,
                 depth=case.depth,

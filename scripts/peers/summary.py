@@ -110,7 +110,7 @@ def passes(found: Measured, runs: Sequence[Run]) -> Table:
         same = 0
         for run in first:
             said, plain = (found.said[name, run.question][0] for name in (arm, PLAIN))
-            same += said == plain[: len(said)]
+            same += said[: len(plain)] == plain[: len(said)]
         text = hashlib.sha256("".join(run.output_hash for run in first).encode()).hexdigest()[:12]
         rows.append(
             [
@@ -126,6 +126,21 @@ def passes(found: Measured, runs: Sequence[Run]) -> Table:
         )
     rows.sort(key=lambda row: _order(row[0]))
     heads = ["", "tokens/s", "to llama.cpp's plain", "tokens a pass", "nodes", "ms a pass", "text as plain", "output"]
+    return Table(heads, rows)
+
+
+def costs(found: Measured) -> Table:
+    """Passes of the same number of nodes side by side, and what so many accepted tokens a pass give."""
+    ms = {arm: 1e3 * f.tokens_per_pass / f.tokens_per_second.median for arm, f in figures(found.runs).items()}
+    pairs = [("1 node", 1, PEER, PLAIN)]
+    pairs += [(f"{n + 1} nodes", 1, f"{DRAFTED}{n}", f"chain {n}") for n in (3, 7, 15)]
+    pairs += [(f"16 nodes, {n} tokens", n, f"{PEER} of {n}", f"recorded {n}") for n in (6, 8)]
+    rows = []
+    for what, n, peer, own in pairs:
+        if peer in ms and own in ms:
+            cells = [what, f"{ms[peer]:.1f}", f"{ms[own]:.1f}", f"{ms[peer] / ms[own]:.2f}"]
+            rows.append([*cells, f"{n * ms[PEER] / ms[peer]:.2f}", f"{n * ms[PLAIN] / ms[own]:.2f}"])
+    heads = ["a pass", "llama.cpp, ms", "ours, ms", "llama.cpp's to ours", "speed to plain, llama.cpp", "ours"]
     return Table(heads, rows)
 
 
@@ -162,6 +177,14 @@ def partings(found: Measured, cases: int) -> str:
         f"Of {cases} prompts some texts leave plain decoding's, each where the target could not choose ({counts}). The "
         f"least of these ties: {worst}."
     )
+
+
+def blocks_of_costs(found: Measured) -> list[Block]:
+    """The report where weights say nothing."""
+    out: list[Block] = [costs(found), "Every arm.", passes(found, found.runs)]
+    if found.prefill:
+        out += ["Prefill.", prefill(found)]
+    return [*out, "Memory.", memory(found)]
 
 
 def blocks(found: Measured, cases: int) -> list[Block]:
