@@ -1,11 +1,13 @@
 """The runs: every arm continues every prompt in every round, and says what plain decoding says.
 
-Arms take turns prompt by prompt, each time another one first, so that a noisy machine is noisy for all of them. They
-share one session: what stands before the answer is evaluated once a prompt and round, outside of the clock.
+Arms take turns prompt by prompt, each time in another order, so that a noisy machine is noisy for all of them, and none
+always finds the caches as the same other one left them. They share one session: what stands before the answer is
+evaluated once a prompt and round, outside of the clock.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -137,10 +139,10 @@ class _Measuring:
                 self.run(way, part, by_length[i], document)
 
     def prompt(self, part: Part, prompt: Prompt, document: Sequence[int], number: int) -> None:
-        """One prompt in one round: every arm, beginning with another one each time."""
-        turn = (number + prompt.number) % len(self.ways)
+        """One prompt in one round: every arm, in an order that is drawn, but the same in every run of the benchmark."""
+        order = random.Random(f"{prompt.category} {prompt.number} {number}").sample(self.ways, len(self.ways))
         said: dict[str, list[int]] = {}
-        for way in [*self.ways[turn:], *self.ways[:turn]]:
+        for way in order:
             result = self.run(way, part, prompt, document)
             said[way.name] = result.ids
             self.out.runs.append(_as_run(way.name, part, prompt, number, result))
