@@ -18,7 +18,7 @@ Every arm must say what our plain decoding says. Where one says something else, 
 choose there (see `pydflash bench --help`); anything else ends the command with exit code 1.
 
 --costs is for weights that say nothing: one prompt of random tokens, the cost of a pass at several sizes, and what
-comes of 6 and 8 accepted tokens a pass (ours proposes the target's own recorded text, with wrong tokens behind;
+comes of 6 and 8 accepted tokens a pass (ours proposes what the target said off the clock, with wrong tokens behind;
 llama.cpp has --spec-synth-len, whose text is not valid). llama.cpp asks for a vocabulary: make_shape.py --vocab.
 """
 
@@ -72,7 +72,7 @@ def line_up(drafted: bool, costs: bool) -> list[Arm]:
     if not costs:
         return [*arms, Arm("auto", ENGINE, {"budget": "auto"})]
     arms += [Arm(f"{PEER} of {n}", f"{PEER} of {n}", checked=False) for n in LENGTHS]
-    arms += [Arm(f"recorded {n}", ENGINE, {"accepted": n}) for n in LENGTHS]
+    arms += [Arm(f"rehearsed {n}", ENGINE, {"accepted": n}) for n in LENGTHS]
     return [replace(arm, settings=arm.settings | {"n_passes": N_PASSES}) for arm in arms]
 
 

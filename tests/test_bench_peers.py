@@ -173,10 +173,10 @@ def test_ours_takes_part(tmp_path: Path) -> None:
         chain = engine.generate(ids, 64, {"budget": 7, "chain": True, "n_passes": 3})
         assert chain.n_passes == 3
         assert chain.n_drafted == 21, "whole passes"
-        for accepted in (3, 6):
+        for accepted in (1, 4):
             told = engine.generate(ids, 64, {"n_passes": 3, "accepted": accepted})
             assert told.n_decoded == 3 * accepted
-            assert told.ids[:12] == plain[: 3 * accepted]
+            assert told.ids == plain[: 3 * accepted]
         assert plain[3] not in engine.generate(ids, 12, {"budget": 8}, [plain[3]]).ids
     finally:
         engine.close()

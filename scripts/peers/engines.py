@@ -8,6 +8,7 @@ included, is kept beside that.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import signal
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+PR_SET_PDEATHSIG = 1  # of Linux' prctl
 START_SECONDS = 300.0  # until a server answers: a large model is read, and repacked, first
 
 
@@ -70,6 +72,11 @@ class Answer:
         return self.n_prefilled / self.prefill_seconds
 
 
+def _ends_with_its_parent() -> None:
+    """What stands still would otherwise keep its memory for ever when this program is killed."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Engine:
     """A process, and what can be asked of any."""
 
@@ -80,7 +87,12 @@ class Engine:
         self._log = log
         with log.open("wb") as stderr:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, text=True
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+                preexec_fn=_ends_with_its_parent,
             )
 
     def generate(

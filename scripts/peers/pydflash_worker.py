@@ -1,8 +1,8 @@
 """Our engine behind lines of JSON: the first opens a session, each that follows is a run. See engines.LinesEngine.
 
-A run with "n_passes" ends behind so many passes, all of them whole; with "accepted" too, the target's own text is
-recorded first and then proposed so that each pass accepts exactly so many tokens of a chain. What is said is still the
-target's choice, pass by pass.
+A run with "n_passes" ends behind so many passes, all of them whole; with "accepted" too, each accepts exactly so many
+tokens of a chain of N_LINE: what the target says is rehearsed first, off the clock, and proposed with wrong tokens
+behind. What is said is still the target's choice, pass by pass.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring import Timeline
 
 N_LINE = 15  # tokens that are proposed for a pass
-_recorded: dict[tuple[int, ...], list[int]] = {}  # what follows a prompt
 
 
 def main() -> None:
@@ -66,10 +65,9 @@ def run(
 def passes(
     session: pydflash.Session, ids: list[int], n_passes: int, accepted: int | None = None, **shape: Any
 ) -> dict[str, Any]:
-    """So many whole passes of one shape, a chain of N_LINE where tokens are recorded."""
+    """So many whole passes of one shape, a chain of N_LINE where that many tokens are to be accepted."""
     if accepted is not None:
         shape = {"budget": N_LINE, "chain": True}
-    text = [] if accepted is None else recorded(session, ids, n_passes * accepted)
     timeline = Timeline(session)
     prefill_seconds = timeline.append(ids)
     said: list[int] = []
@@ -77,10 +75,8 @@ def passes(
     ms: dict[str, float] = {}
     for _ in range(n_passes):
         if accepted is not None:
-            line = (text[len(said) :] + text)[:N_LINE]
-            propose(
-                session, [*line[: accepted - 1], *((token + 1) % session.n_vocab for token in line[accepted - 1 :])]
-            )
+            *right, end = rehearsed(session, timeline, accepted)
+            propose(session, [*right, *[(end + 1) % session.n_vocab] * (N_LINE - len(right))])
         step = timeline.decode(N_LINE + 1, n_steps=1, **shape)
         said += step.ids
         seconds += step.seconds[0]
@@ -97,20 +93,20 @@ def passes(
     }
 
 
-def recorded(session: pydflash.Session, ids: list[int], n_tokens: int) -> list[int]:
-    """What the target says in passes over a whole line, which round otherwise than passes over one token: plain
-    decoding guesses, such a pass says how far that was right, and guesses begin anew behind it."""
-    said = _recorded.setdefault(tuple(ids), [])
-    if len(said) >= n_tokens:
-        return said[:n_tokens]
-    timeline = Timeline(session)
-    timeline.append([*ids, *said])
+def rehearsed(session: pydflash.Session, timeline: Timeline, n_tokens: int) -> list[int]:
+    """What the target says next in a pass over a whole line, which rounds otherwise than passes over one token do.
+
+    Plain decoding guesses, such a pass says how far that is right, and the next guess goes on from there. The timeline
+    stands afterwards where it stood.
+    """
+    mark = timeline.mark()
+    said: list[int] = []
     while len(said) < n_tokens:
-        mark = timeline.mark()
-        guess = timeline.decode(N_LINE, budget=0).ids
+        guess = said + timeline.decode(N_LINE - len(said), budget=0).ids
         timeline.back_to(mark)
         propose(session, guess)
-        said += timeline.decode(N_LINE + 1, budget=N_LINE, chain=True, n_steps=1).ids
+        said = timeline.decode(N_LINE + 1, budget=N_LINE, chain=True, n_steps=1).ids
+    timeline.back_to(mark)
     return said[:n_tokens]
 
 

@@ -134,7 +134,7 @@ def costs(found: Measured) -> Table:
     ms = {arm: 1e3 * f.tokens_per_pass / f.tokens_per_second.median for arm, f in figures(found.runs).items()}
     pairs = [("1 node", 1, PEER, PLAIN)]
     pairs += [(f"{n + 1} nodes", 1, f"{DRAFTED}{n}", f"chain {n}") for n in (3, 7, 15)]
-    pairs += [(f"16 nodes, {n} tokens", n, f"{PEER} of {n}", f"recorded {n}") for n in (6, 8)]
+    pairs += [(f"16 nodes, {n} tokens", n, f"{PEER} of {n}", f"rehearsed {n}") for n in (6, 8)]
     rows = []
     for what, n, peer, own in pairs:
         if peer in ms and own in ms:
