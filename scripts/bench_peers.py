@@ -63,11 +63,11 @@ N_PASSES = 8  # of its runs
 
 def line_up(drafted: bool, costs: bool) -> list[Arm]:
     """The arms; each of llama.cpp's is an engine of its own."""
-    arms = [Arm(PEER, PEER), Arm(PLAIN, PLAIN_ENGINE, {"budget": 0})]
+    arms = [Arm(PEER, PEER, reads=True), Arm(PLAIN, PLAIN_ENGINE, {"budget": 0}, reads=True)]
     if not drafted:
         return arms
-    arms += [Arm(f"{PEER} chain {n}", f"{PEER} chain {n}") for n in DRAFTS]
-    arms += [Arm(f"chain {n}", ENGINE, {"budget": n, "chain": True}) for n in CHAINS]
+    arms += [Arm(f"{PEER} chain {n}", f"{PEER} chain {n}", reads=n == DRAFTS[0]) for n in DRAFTS]
+    arms += [Arm(f"chain {n}", ENGINE, {"budget": n, "chain": True}, reads=n == CHAINS[0]) for n in CHAINS]
     arms += [Arm(f"tree {n}", ENGINE, {"budget": n, "chain": False}) for n in TREES]
     if not costs:
         return [*arms, Arm("auto", ENGINE, {"budget": "auto"})]

@@ -33,10 +33,10 @@ PROMPTS = {(1, 2, 3): "code", (4, 5): "chat"}
 TEXTS = {"1,2,3": [7, 8, 9, 10], "4,5": [11, 12, 13, 14], "1,1,1,1": [0]}
 CASES = [Case(Prompt(category, 0, ids), 0, ids) for ids, category in PROMPTS.items()]
 ARMS = [
-    Arm(PEER, PEER),
-    Arm(PLAIN, PLAIN_ENGINE),
-    Arm(f"{PEER} chain 3", f"{PEER} chain 3"),
-    Arm("chain 3", ENGINE, {"budget": 3}),
+    Arm(PEER, PEER, reads=True),
+    Arm(PLAIN, PLAIN_ENGINE, reads=True),
+    Arm(f"{PEER} chain 3", f"{PEER} chain 3", reads=True),
+    Arm("chain 3", ENGINE, {"budget": 3}, reads=True),
     Arm("auto", ENGINE, {"budget": "auto"}),
 ]
 SPEEDS = {PEER: 0.010, PLAIN_ENGINE: 0.008, f"{PEER} chain 3": 0.020, ENGINE: 0.005}  # seconds of a token

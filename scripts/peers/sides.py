@@ -1,12 +1,13 @@
 """The runs: every arm of both engines continues every prompt in every round, and all say the same.
 
-Arms take turns prompt by prompt, each time another one first; between turns an engine stands still. Where the engines
-would not fit into memory together, they are opened one after another, and rounds are not interleaved. Knows arms and
-prompts; what an engine is, is `engines`' to know.
+Arms take turns prompt by prompt, in an order that is drawn each time; between turns an engine stands still. Where the
+engines would not fit into memory together, they are opened one after another, and rounds are not interleaved. Knows
+arms and prompts; what an engine is, is `engines`' to know.
 """
 
 from __future__ import annotations
 
+import random
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
@@ -26,6 +27,7 @@ PLAIN = "plain"  # ours; what every other arm's text is held against
 PEER = "llama.cpp"  # without a drafter, the arm and its engine
 PLAIN_ENGINE, ENGINE = "pydflash", "pydflash with the drafter"
 SETTLE = 0.02  # seconds between turns: what was spinning has stopped
+N_READ = 5  # times that a prefill is measured
 N_WARM = 16  # tokens that are thrown away first
 
 
@@ -33,13 +35,14 @@ N_WARM = 16  # tokens that are thrown away first
 class Arm:
     """A way of decoding. engine: a name; settings: what its `generate` is given.
 
-    checked: its text is the target's.
+    checked: its text is the target's. reads: prefill is measured with it.
     """
 
     name: str
     engine: str
     settings: dict[str, Any] = field(default_factory=dict)
     checked: bool = True
+    reads: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def measure(
     together: bool,
     progress: Callable[[str], None] = lambda what: None,
 ) -> Measured:
-    """Runs everything. prefills: prompts of which only the reading is measured, once an engine and round.
+    """Runs everything. prefills: prompts of which only the reading is measured, N_READ times.
 
     Raises EngineError.
     """
@@ -103,10 +106,10 @@ def measure(
                 out.forbidden = sorted({*out.forbidden, *engines[name].forbidden})
                 with engines[name].turn():
                     pass
-            readers = [next(arm for arm in group if arm.engine == name) for name in engines]
+            readers = [arm for arm in group if arm.reads]
             for ids in prefills:
                 progress(f"prefill of {len(ids)} tokens")
-                for number in range(rounds + 1):
+                for number in range(N_READ + 1):
                     for arm in _turned(readers, number):
                         answer = _ask(out, engines[arm.engine], arm, ids, 1)
                         if number:  # the first finds everything cold
@@ -121,7 +124,7 @@ def measure(
             for number in range(rounds):
                 for i, case in enumerate(cases):
                     progress(f"round {number + 1} of {rounds}, prompt {i + 1} of {len(cases)}")
-                    for arm in _turned(group, number + i):
+                    for arm in _turned(group, number * len(cases) + i):
                         answer = _ask(out, engines[arm.engine], arm, case.ids, n_gen)
                         _keep(out, arm, case, number, answer)
                         if case.depth and arm in readers:
@@ -189,6 +192,6 @@ def _engines(arms: Iterable[Arm]) -> list[str]:
     return list(dict.fromkeys(arm.engine for arm in arms))
 
 
-def _turned(arms: list[Arm], by: int) -> list[Arm]:
-    by %= len(arms)
-    return [*arms[by:], *arms[:by]]
+def _turned(arms: list[Arm], turn: int) -> list[Arm]:
+    """In an order that is drawn, but the same in every run of the benchmark."""
+    return random.Random(turn).sample(arms, len(arms))

@@ -36,7 +36,8 @@ def _aims(found: Measured) -> Iterable[tuple[str, float, dict[str, Spread]]]:
     runs = [run for run in found.runs if not run.depth]
     chain = best(runs, DRAFTED)
     yield "plain to llama.cpp's plain", 1.0, _by_category(runs, PLAIN, lambda group: PEER)
-    for own, peer in ((PLAIN_ENGINE, PEER), (ENGINE, chain or PEER)):
+    drafting = next(iter(_drafting(found.prefill)), PEER)
+    for own, peer in ((PLAIN_ENGINE, PEER), (ENGINE, drafting)):
         if own in found.prefill:
             rates = {f"{n:,} tokens": _prefill(found, n, own, peer) for n in _lengths(found)}
             yield f"prefill, {own} to {peer}", 1.0, rates
