@@ -65,6 +65,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_backend_reg_dev_count": (Size, [Pointer]),
     "ggml_backend_reg_dev_get": (Pointer, [Pointer, Size]),
     "ggml_backend_reg_get_proc_address": (Pointer, [Pointer, ctypes.c_char_p]),
+    "ggml_mul_mat": (Pointer, [Pointer] * 3),
     "ggml_flash_attn_ext": (Pointer, [*[Pointer] * 5, *[ctypes.c_float] * 3]),
     "ggml_gated_delta_net": (Pointer, [*[Pointer] * 7, Int64]),
     "ggml_ssm_conv_tree": (Pointer, [Pointer] * 5),

@@ -96,11 +96,14 @@ struct TreeLeft {
     int64_t t_stride;
 };
 
-// C[rows x cols vectors] = scale C + A B over n_t terms; scale 0 overwrites
+// C[rows x cols vectors] = scale C + A B over n_t terms; scale 0 overwrites. Unless told to unroll, gcc 12 writes the
+// accumulators to memory in every turn.
 template <int rows, int cols>
 static inline void tree_tile(TreeLeft a, const float * b, int64_t ldb, int n_t, float scale, float * c, int64_t ldc) {
     tree_vec acc[rows][cols];
+#pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < cols; ++j) {
             acc[i][j] = scale == 0.0f
                             ? tree_vec_zero
@@ -109,17 +112,22 @@ static inline void tree_tile(TreeLeft a, const float * b, int64_t ldb, int n_t, 
     }
     for (int t = 0; t < n_t; ++t) {
         tree_vec bt[cols];
+#pragma GCC unroll 8
         for (int j = 0; j < cols; ++j) {
             bt[j] = tree_vec_load(b + t * ldb + j * tree_vec_len);
         }
+#pragma GCC unroll 8
         for (int i = 0; i < rows; ++i) {
             const tree_vec ai = tree_vec_set1(a.data[i * a.row_stride + t * a.t_stride]);
+#pragma GCC unroll 8
             for (int j = 0; j < cols; ++j) {
                 acc[i][j] = tree_vec_fma(acc[i][j], bt[j], ai);
             }
         }
     }
+#pragma GCC unroll 8
     for (int i = 0; i < rows; ++i) {
+#pragma GCC unroll 8
         for (int j = 0; j < cols; ++j) {
             tree_vec_store(c + i * ldc + j * tree_vec_len, acc[i][j]);
         }

@@ -1,0 +1,73 @@
+"""Products of weights with a few columns (panel-gemm.h) against float64: weights as gguf unpacks them, columns rounded
+as the type asks for, and of the same bits for any number of threads."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from pydflash._lib import check, ffi, lib
+from tests.ggml_ops import Ggml
+
+N_ROWS, K = 43, 512  # no multiple of 16 rows
+COLUMNS = (1, 2, 3, 7, 8, 9, 16, 17, 24, 33)
+
+
+@pytest.fixture(scope="module")
+def ggml() -> Ggml:
+    return Ggml()
+
+
+def quantised(x: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    if kind in (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16):
+        return gguf.quants.quantize(x, kind)
+    out = np.empty((x.shape[0], lib.pf_row_size(kind, x.shape[1])), np.uint8)
+    source, target = ffi.from_buffer("float[]", x), ffi.from_buffer(out, require_writable=True)
+    check(lib.pf_quantize(kind, source, x.shape[1], x.shape[0], target, out.nbytes))
+    return out
+
+
+def columns_of(x: np.ndarray, name: str) -> np.ndarray:
+    """The columns as a product of that type sees them."""
+    if not name.endswith("_K"):
+        kind = gguf.GGMLQuantizationType[name]
+        return gguf.quants.dequantize(gguf.quants.quantize(x, kind), kind).astype(np.float64)
+    blocks = x.reshape(-1, 256)  # Q8_K: the number of largest magnitude becomes -127
+    largest = blocks[np.arange(len(blocks)), np.abs(blocks).argmax(1)][:, None]
+    inverse = np.float32(-127) / largest
+    codes = np.minimum(np.rint(inverse * blocks), 127)
+    return (codes.astype(np.float64) / inverse).reshape(x.shape)
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_K", "Q5_K", "Q6_K"])
+def test_products_are_those_of_float64(ggml: Ggml, name: str) -> None:
+    kind = gguf.GGMLQuantizationType[name]
+    random = np.random.RandomState(0)
+    weights = quantised(random.standard_normal((N_ROWS, K)).astype(np.float32), kind)
+    exact = gguf.quants.dequantize(weights, kind).astype(np.float64)
+    for n in COLUMNS:
+        x = (random.standard_normal((n, K)) * np.exp(random.standard_normal((n, 1)))).astype(np.float32)
+        found = []
+        for n_threads in (1, 2):
+            with ggml.graph() as graph:
+                product = graph.op("ggml_mul_mat", graph.packed(kind, weights, N_ROWS, K), graph.tensor(x))
+                graph.compute(product, n_threads=n_threads)
+                found.append(graph.read(product, n, N_ROWS))
+        expected = columns_of(x, name) @ exact.T
+        # Of the length of the sum's terms: what f32 loses over them.
+        size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(exact, axis=1)
+        assert (np.abs(found[0] - expected) <= 2e-6 * size).all()
+        assert (found[0] == found[1]).all()
+
+
+def test_a_column_that_is_no_number_stays_alone(ggml: Ggml) -> None:
+    random = np.random.RandomState(1)
+    weights, x = random.standard_normal((20, K)).astype(np.float32), random.standard_normal((9, K)).astype(np.float32)
+    x[4, 300] = np.nan
+    with ggml.graph() as graph:
+        product = graph.op("ggml_mul_mat", graph.tensor(weights), graph.tensor(x))
+        graph.compute(product)
+        found = graph.read(product, 9, 20)
+    assert np.isnan(found[4]).all()
+    assert np.isfinite(np.delete(found, 4, axis=0)).all()
