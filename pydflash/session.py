@@ -273,7 +273,8 @@ class Session(OpenSession):
 
         Takes the evaluation of the tokens since the nearest place whose state was kept. After so many tokens `messages`
         are those of the call that ended there; where none did, the tokens stay as they are and messages begin anew
-        behind them. Raises ArgumentError; nothing has changed then.
+        behind them. Ctrl-C and `cancel` end it at the next batch of those tokens; the first tokens, as far as they are
+        evaluated by then, stay. Raises ArgumentError; nothing has changed then.
         """
         with self._changing():
             if isinstance(to, Checkpoint):
@@ -285,11 +286,19 @@ class Session(OpenSession):
                 conversation = self._conversation.copy()
                 conversation.back_to(ids.tolist())
             self._check_room(len(ids), 0)
+
+            def settle() -> None:
+                held = self._held.tokens().tolist()
+                if len(held) < len(ids):
+                    conversation.back_to(held)
+                self._conversation = conversation
+
+            self._unsettled = settle
             if len(ids):
-                self._held.extend_to(ids)
+                self._held.extend_to(ids, cancelled=lambda: self._cancelled)
             else:
                 self._held.clear()
-            self._conversation = conversation
+            self._settle(for_good=True)
 
     def reset(self) -> None:
         """Back to the empty timeline."""

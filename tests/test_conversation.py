@@ -248,6 +248,29 @@ def test_a_prompt_that_is_cut_short_goes_on_later(session: Session, fresh: Sessi
     assert result.ids == fresh.generate(ids, **GREEDY).ids
 
 
+def test_going_back_can_be_cancelled(chat_target: Path, tiny_draft: Path) -> None:
+    with opened(chat_target, tiny_draft, checkpoint_memory=1) as session:  # no place is kept: all is read again
+        ids = session.tokenize(WORDS * 5)
+        session.append(ids)
+        done = threading.Event()
+
+        def cancel_until_done() -> None:
+            while not done.is_set():
+                session.cancel()
+
+        thread = threading.Thread(target=cancel_until_done)
+        thread.start()
+        try:
+            session.rewind(len(ids) - 1)
+        finally:
+            done.set()
+            thread.join()
+        assert session.n_tokens < len(ids) - 1
+        assert session.tokens == ids[: session.n_tokens]
+        session.rewind(0)
+        assert session.n_tokens == 0
+
+
 def test_a_run_that_is_cancelled_in_its_prompt(session: Session) -> None:
     result = session.generate(WORDS * 4, progress=lambda _: session.cancel(), **GREEDY)
     assert (result.finish_reason, result.ids) == ("cancelled", [])
