@@ -13,7 +13,7 @@ namespace pf {
 namespace {
 
 // Graphs kept; a context that grows leaves the ones of its shorter lengths behind.
-constexpr size_t max_graphs = 32;
+constexpr size_t max_graphs = 64;
 
 using ThreadpoolNew = struct ggml_threadpool * (*)(struct ggml_threadpool_params *);
 using ThreadpoolFree = void (*)(struct ggml_threadpool *);

@@ -10,6 +10,7 @@ constexpr double fade = 0.98;         // of a step in the rate, from one to the 
 constexpr double spared = 0.01;       // of all time
 constexpr double most_spared = 4;     // plain steps' worth of it, or of what is wanted if that is more
 constexpr int64_t long_unused = 1000; // passes
+constexpr double margin = 0.05;       // tokens that more than a root must promise beyond it, since nothing is exact
 
 } // namespace
 
@@ -49,7 +50,7 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
             expected += chance[n];
         }
         const double value = expected - ms_price * pass[i];
-        if (value > best.value) {
+        if (value > (best.n_nodes == 1 ? best.value + margin : best.value)) {
             best = {n, expected, value};
         }
     }
