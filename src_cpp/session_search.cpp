@@ -1,0 +1,94 @@
+// How a session spends a step's time where its budget is left open: what passes and drafts take, and the tree that is worth
+// most for it. What is best is the policy's to say.
+#include <algorithm>
+
+#include "error.h"
+#include "session.h"
+#include "timer.h"
+
+namespace pf {
+
+// The tree that is worth most, and a draft for it if that is worth its time.
+void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
+    Policy & policy = experience_.policy;
+    propose_line(block, n_line);
+    grow_tree(block, line_ ? budget_ : 0);
+    const bool proposed = line_ != nullptr;
+    Policy::Choice choice = policy.choose(tree_, budget_ + 1);
+    if (n_depth > 0 && policy.drafts(proposed)) {
+        Timer timer;
+        runner_.settle_context();
+        policy.paid(timer.lap_ms());
+        draft(block, n_depth);
+        spent_.draft_ms = timer.lap_ms();
+        propose_line(block, n_line);
+        grow_tree(block, budget_);
+        const Policy::Choice drafted = policy.choose(tree_, budget_ + 1);
+        policy.drafted(choice, drafted, proposed);
+        choice = drafted;
+    }
+    if (choice.n_nodes < tree_.n_nodes) {
+        grow_tree(block, choice.n_nodes - 1); // the likeliest of them
+    }
+}
+
+// One pass over so many nodes that nothing comes of: what it leaves behind the committed rows is as if it had not been.
+double Session::time_pass(int32_t n_nodes) {
+    nodes_.n = nodes_.n_real = n_nodes;
+    for (int32_t i = 0; i < n_nodes; ++i) {
+        nodes_.set(i, pending(), i - 1, i);
+    }
+    PassOptions options;
+    options.head = chooser_.reads_logits() || constraint_ ? PassHead::logits : PassHead::choice;
+    options.taps = taps();
+    Timer timer;
+    runner_.pass(nodes_, n_, options);
+    return timer.lap_ms();
+}
+
+void Session::measure_costs() {
+    Policy & policy = experience_.policy;
+    policy.begin(n_);
+    if (policy.costs.known(policy.row())) {
+        return;
+    }
+    const auto time_draft = [&] {
+        if (drafter_ && budget_ > 0) {
+            runner_.settle_context();
+            Timer timer;
+            const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
+            runner_.draft(pending(), n_, std::min(drafter_->block_size - 1, budget_), n_rank, top_ids_.data(),
+                          top_logp_.data());
+            return timer.lap_ms();
+        }
+        return 0.0;
+    };
+    policy.costs.measure(policy.row(), budget_ + 1, [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
+}
+
+void Session::get_ready_to_search() {
+    measure_costs();
+    Policy & policy = experience_.policy;
+    const int32_t size = policy.to_measure(budget_ + 1);
+    if (size >= 0) {
+        policy.costs.saw_pass(policy.row(), size, time_pass(pass_sizes[(size_t) size]));
+    }
+}
+
+const Costs::Row & Session::costs() {
+    require_settled("costs");
+    require_pending("costs");
+    reset_on_error([&] { measure_costs(); });
+    return experience_.policy.costs.row(experience_.policy.row());
+}
+
+void Session::propose(const int32_t * ids, int32_t n) {
+    require_settled("propose");
+    require(n >= 0 && n < PF_MAX_NODES, "propose: a line has 0 to 63 tokens");
+    check_ids(ids, (uint64_t) n);
+    proposed_.n = n;
+    std::copy_n(ids, n, proposed_.token);
+    std::fill_n(proposed_.logp, n, 0.0f);
+}
+
+} // namespace pf
