@@ -35,7 +35,7 @@ def _judged(values: dict[str, Spread], aim: float) -> list[str]:
 def _aims(found: Measured) -> Iterable[tuple[str, float, dict[str, Spread]]]:
     runs = [run for run in found.runs if not run.depth]
     chain = best(runs, DRAFTED)
-    yield "plain to llama.cpp's plain", 1.0, _by_category(runs, PLAIN, lambda group: PEER)
+    yield "plain to llama.cpp's plain", 1.0, {"all": spread(ratios(runs, PLAIN, PEER))}
     drafting = next(iter(_drafting(found.prefill)), PEER)
     for own, peer in ((PLAIN_ENGINE, PEER), (ENGINE, drafting)):
         if own in found.prefill:
