@@ -388,7 +388,8 @@ import pydflash
 target, draft, fake = sys.argv[1:]
 traffic, replays = (ctypes.c_uint64 * 7)(), (ctypes.c_uint64 * 4)()
 out = []
-options = dict(kv_type="f32", n_ctx=512, n_threads=1, checkpoint_memory=1)  # states that are kept are no step's traffic
+options = dict(kv_type="f32", n_ctx=512, budget=16, n_threads=1)
+options["checkpoint_memory"] = 1  # states that are kept are no step's traffic
 with pydflash.Session(target, draft, device="cuda", **options) as session:
     def note():
         ctypes.CDLL(fake).fake_cuda_traffic(traffic)
