@@ -293,7 +293,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     p.add_argument("--n-ctx", type=int, metavar="N", help="no deeper than N tokens (default: the model's own limit)")
     p.add_argument("--n-threads", type=int, metavar="N", help="of the CPU; default: one a core")
     p.add_argument("--bandwidth", type=float, metavar="GB/s", help="of the device's memory (default: by its name)")
-    p.add_argument("--prompts", type=Path, default=ROOT / "pydflash/cli/prompts.json", help=argparse.SUPPRESS)
+    p.add_argument("--prompts", type=Path, default=ROOT / "pydflash/bench/prompts.json", help=argparse.SUPPRESS)
     p.add_argument("--only", nargs="+", choices=gpu_parts.PARTS, help="these parts alone")
     p.add_argument("--out", type=Path, default=Path("results"), metavar="DIR", help="default: results")
     p.add_argument("--quick", action="store_true", help="few tests, short texts, small depths")

@@ -274,7 +274,7 @@ def test_memory_does_not_grow_over_4000_tokens() -> None:
         fields = Path("/proc/self/statm").read_text().split()
         return int(fields[1]) * 4096
 
-    with pydflash.Session(n_ctx=4352, n_threads=1) as session:
+    with pydflash.Session(n_ctx=4352, budget=16, n_threads=1) as session:
         prompt = heldout(1)[0]
         # The first time caches are touched as far as the context reaches, and every shape of graph is met.
         after = []
