@@ -144,6 +144,7 @@ def open_largest(a: argparse.Namespace, wanted: list[int]) -> tuple[pydflash.Ses
 def prompts(a: argparse.Namespace) -> Iterator[Row]:
     """Every shipped prompt, decoded in every way: speed, tokens per pass, time to the first token, where texts part."""
     shipped = json.loads(a.prompts.read_text())["prompts"]
+    shipped = [prompt for prompt in shipped if prompt["category"] != "quoting"]  # what they quote is yet to be said
     n_gen = 12 if a.quick else 128
     kept: dict[str, int] = {}
     with open_session(a, 256 if a.quick else 2048, 32) as session:
