@@ -37,7 +37,7 @@ constexpr float prior[5][6] = {
 constexpr float prior_trials = 4;
 constexpr float surest = 0.999f; // of 1, the tree would leave nothing to the drafter's own choices
 
-constexpr float memory = 400; // trials of a cell
+constexpr float memory = 100; // trials of a cell
 
 } // namespace
 

@@ -10,7 +10,9 @@ constexpr double fade = 0.98;         // of a step in the rate, from one to the 
 constexpr double spared = 0.01;       // of all time
 constexpr double most_spared = 4;     // plain steps' worth of it, or of what is wanted if that is more
 constexpr int64_t long_unused = 1000; // passes
-constexpr double margin = 0.05;       // tokens that more than a root must promise beyond it, since nothing is exact
+// More than a root must be worth so much more than its time: chances are means over text that was easier or harder, and a
+// pass of another size finds the processor's caches cold.
+constexpr double caution = 1.05;
 
 } // namespace
 
@@ -49,8 +51,8 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
         for (; n < std::min(pass_sizes[i], tree.n_nodes); ++n) {
             expected += chance[n];
         }
-        const double value = expected - ms_price * pass[i];
-        if (value > (best.n_nodes == 1 ? best.value + margin : best.value)) {
+        const double value = expected - ms_price * pass[i] * (i > 0 ? caution : 1);
+        if (value > best.value) {
             best = {n, expected, value};
         }
     }
