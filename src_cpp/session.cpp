@@ -198,9 +198,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         spent_.graphs_built = runner_.counters().graphs_built;
 
         // 1. Draft a block, and 2. build the tree, no deeper than what may still be said.
-        Block block;
-        block.n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
-        block.n_drafted = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
+        Block block = new_block();
         const int32_t n_depth = std::min(block.n_drafted, room - 1);
         const int32_t n_line = n_depth > 0 ? std::min(budget_, room - 1) : 0;
         if (searches_) {
@@ -210,11 +208,15 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
                 draft(block, n_depth);
             }
             out.draft_ms = timer.lap_ms();
-            propose_line(block, n_line);
+            line_ = given_line(n_line);
+            if (!line_) {
+                line_ = copied_line(block, n_line);
+            }
             grow_tree(block, n_depth > 0 ? budget_ : 0);
         }
-        out.draft_ms += spent_.draft_ms;
-        out.build_ms = timer.lap_ms() - spent_.draft_ms;
+        const double drafting_ms = spent_.context_ms + spent_.draft_ms; // within the search
+        out.draft_ms += drafting_ms;
+        out.build_ms = timer.lap_ms() - drafting_ms;
 
         // 3. Verify it in one pass. A root alone is its own path: it is committed on the way.
         const int32_t n_pass = searches_ ? pass_sizes[(size_t) pass_size_of(tree_.n_nodes)] : budget_ + 1;
@@ -294,6 +296,13 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
     });
 }
 
+Session::Block Session::new_block() const {
+    Block block;
+    block.n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
+    block.n_drafted = drafter_ ? std::min(drafter_->block_size - 1, budget_) : 0;
+    return block;
+}
+
 // The n_depth upper depths of a block; the graph is that of all that was asked for.
 void Session::draft(Block & block, int32_t n_depth) {
     runner_.draft(pending(), n_, block.n_drafted, block.n_rank, top_ids_.data(), top_logp_.data());
@@ -305,17 +314,23 @@ void Session::draft(Block & block, int32_t n_depth) {
     block.n_depth = n_depth;
 }
 
-// What is proposed besides the block: what must come next, or was asked for, or else can be copied.
-void Session::propose_line(const Block & block, int32_t n_most) {
-    line_ = constraint_ ? constraint_->forced(n_most) : nullptr;
-    if (!line_ && proposed_.n > 0 && n_most > 0) {
-        proposed_.n = std::min(proposed_.n, n_most);
-        line_ = &proposed_;
+// What is proposed besides the block: what must come next, or was asked for,
+const Line * Session::given_line(int32_t n_most) {
+    const Line * forced = constraint_ ? constraint_->forced(n_most) : nullptr;
+    if (forced || proposed_.n == 0 || n_most == 0) {
+        return forced;
     }
-    if (!line_ && copying_ && n_most > 0) {
-        line_ = copier_.propose(copy_rates(), tokens_.data(), n_tokens(), n_most, top_ids_.data(), top_logp_.data(),
-                                block.n_depth, block.n_rank);
+    proposed_.n = std::min(proposed_.n, n_most);
+    return &proposed_;
+}
+
+// or else can be copied.
+const Line * Session::copied_line(const Block & block, int32_t n_most) {
+    if (!copying_ || n_most == 0) {
+        return nullptr;
     }
+    return copier_.propose(copy_rates(), tokens_.data(), n_tokens(), n_most, top_ids_.data(), top_logp_.data(),
+                           block.n_depth, block.n_rank);
 }
 
 // The tree of the block and the line, of what may be said.

@@ -89,8 +89,10 @@ class Session {
     struct Block {
         int32_t n_depth = 0, n_drafted = 0, n_rank = 1;
     };
+    Block new_block() const;
     void draft(Block & block, int32_t n_depth);
-    void propose_line(const Block & block, int32_t n_most);
+    const Line * given_line(int32_t n_most);
+    const Line * copied_line(const Block & block, int32_t n_most);
     void grow_tree(const Block & block, int32_t budget);
     void search_tree(Block & block, int32_t n_depth, int32_t n_line);
     void learn(const Block & block);
@@ -123,7 +125,7 @@ class Session {
     Accepted accepted_;
     bool uncommitted_ = false;
     struct Spent {
-        double draft_ms, pass_ms;
+        double context_ms, draft_ms, pass_ms;
         uint64_t graphs_built; // by its beginning
     } spent_ = {};             // in it
 

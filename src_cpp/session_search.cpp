@@ -11,24 +11,26 @@ namespace pf {
 // The tree that is worth most, and a draft for it if that is worth its time.
 void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
     Policy & policy = experience_.policy;
-    propose_line(block, n_line);
+    const Line * const given = given_line(n_line);
+    line_ = given ? given : copied_line(block, n_line);
     grow_tree(block, line_ ? budget_ : 0);
     const bool proposed = line_ != nullptr;
     Policy::Choice choice = policy.choose(tree_, budget_ + 1);
     if (n_depth > 0 && policy.drafts(proposed)) {
         Timer timer;
         runner_.settle_context();
-        policy.paid(timer.lap_ms());
+        spent_.context_ms = timer.lap_ms();
+        policy.paid(spent_.context_ms);
         draft(block, n_depth);
         spent_.draft_ms = timer.lap_ms();
-        propose_line(block, n_line);
+        line_ = given ? given : copied_line(block, n_line); // the block has a say in how likely it is
         grow_tree(block, budget_);
         const Policy::Choice drafted = policy.choose(tree_, budget_ + 1);
         policy.drafted(choice, drafted, proposed);
         choice = drafted;
     }
     if (choice.n_nodes < tree_.n_nodes) {
-        grow_tree(block, choice.n_nodes - 1); // the likeliest of them
+        cut_tree(choice.n_nodes, tree_);
     }
 }
 
@@ -53,15 +55,14 @@ void Session::measure_costs() {
         return;
     }
     const auto time_draft = [&] {
-        if (drafter_ && budget_ > 0) {
-            runner_.settle_context();
-            Timer timer;
-            const int32_t n_rank = shape_ == PF_SHAPE_CHAIN ? 1 : std::min(budget_, target_->n_vocab);
-            runner_.draft(pending(), n_, std::min(drafter_->block_size - 1, budget_), n_rank, top_ids_.data(),
-                          top_logp_.data());
-            return timer.lap_ms();
+        Block block = new_block();
+        if (block.n_drafted == 0) {
+            return 0.0;
         }
-        return 0.0;
+        runner_.settle_context();
+        Timer timer;
+        draft(block, block.n_drafted);
+        return timer.lap_ms();
     };
     policy.costs.measure(policy.row(), budget_ + 1, [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
 }

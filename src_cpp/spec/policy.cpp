@@ -37,15 +37,13 @@ int32_t Policy::to_measure(int32_t most) {
 }
 
 Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
-    // Nodes are taken likeliest first, and no node is likelier than the one it hangs below.
-    double chance[PF_MAX_NODES];
+    double chance[PF_MAX_NODES]; // in the order of taking, likeliest first
     for (int32_t i = 0; i < tree.n_nodes; ++i) {
-        chance[i] = std::exp(static_cast<double>(tree.score[i]));
+        chance[tree.taken[i]] = std::exp(static_cast<double>(tree.score[i]));
     }
-    std::sort(chance, chance + tree.n_nodes, std::greater<>());
     const double ms_price = price();
     const auto & pass = costs.row(row_).pass;
-    Choice best{1, 1, 1 - ms_price * pass[0]};
+    Choice best{1, 1 - ms_price * pass[0]};
     double expected = 0;
     for (int32_t i = 0, n = 0; i < n_pass_sizes && pass_sizes[i] <= most && n < tree.n_nodes; ++i) {
         for (; n < std::min(pass_sizes[i], tree.n_nodes); ++n) {
@@ -53,7 +51,7 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
         }
         const double value = expected - ms_price * pass[i] * (i > 0 ? caution : 1);
         if (value > best.value) {
-            best = {n, expected, value};
+            best = {n, value};
         }
     }
     return best;

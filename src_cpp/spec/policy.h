@@ -19,12 +19,12 @@ class Policy {
     // A step at n tokens begins; costs.known(row()) must hold from here on.
     void begin(int64_t n);
     int32_t row() const { return row_; }
-    // A size of at most so many nodes that may be measured again out of the time set aside, because it has long not been used; else -1.
+    // A size of at most so many nodes that may be measured again out of the time set aside, because it has long not been
+    // used; else -1.
     int32_t to_measure(int32_t most);
 
     struct Choice {
         int32_t n_nodes = 1; // of the tree's likeliest, the root included
-        double expected = 1; // tokens
         double value = 0;    // tokens, less the price of the pass
     };
     // The best pass over the likeliest nodes of a tree, of at most so many with pads.
@@ -34,7 +34,7 @@ class Policy {
     // It was drafted: what could have been done without, and what can be done now.
     void drafted(const Choice & without, const Choice & with, bool proposed);
     // Time that drafting took besides, for what had waited until then.
-    void paid(double ms) { spare_ms_ -= ms; }
+    void paid(double ms) { spare_ms_ = std::max(0.0, spare_ms_ - ms); }
     // The step gave so many tokens in so many milliseconds. n_nodes: of its pass with pads. typical: it did nothing that
     // others do not, such as building a graph.
     void finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double pass_ms, bool typical);

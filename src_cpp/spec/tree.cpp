@@ -193,6 +193,7 @@ void number(const Candidate * pool, const uint8_t * taken, int32_t n_nodes, int3
     out.depth[0] = 0;
     out.rank[0] = 0;
     out.score[0] = 0;
+    out.taken[0] = 0;
     out.n_nodes = 1;
     for (const bool on_path : {true, false}) {
         int32_t end = 0; // of the path: its next node is the first that was taken below it
@@ -209,6 +210,7 @@ void number(const Candidate * pool, const uint8_t * taken, int32_t n_nodes, int3
             out.depth[n] = node.depth;
             out.rank[n] = node.rank;
             out.score[n] = static_cast<float>(node.score);
+            out.taken[n] = i;
         }
     }
 }
@@ -273,6 +275,24 @@ void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_
         ++n_nodes;
     }
     number(pool, taken, n_nodes, root_token, out);
+}
+
+void cut_tree(int32_t n_nodes, Tree & tree) {
+    int32_t numbers[PF_MAX_NODES] = {};
+    int32_t n = 0;
+    for (int32_t i = 0; i < tree.n_nodes; ++i) {
+        if (tree.taken[i] >= n_nodes) {
+            continue;
+        }
+        tree.token[n] = tree.token[i];
+        tree.parent[n] = i == 0 ? -1 : numbers[tree.parent[i]]; // taken before, and so kept
+        tree.depth[n] = tree.depth[i];
+        tree.rank[n] = tree.rank[i];
+        tree.score[n] = tree.score[i];
+        tree.taken[n] = tree.taken[i];
+        numbers[i] = n++;
+    }
+    tree.n_nodes = n;
 }
 
 } // namespace pf

@@ -19,6 +19,7 @@ struct Tree {
     int32_t depth[PF_MAX_NODES];  // 0 for the root
     int32_t rank[PF_MAX_NODES];   // among the drafter's choices at that depth, -1 for the line's own; 0 for the root
     float score[PF_MAX_NODES];    // cumulative calibrated log-probability
+    int32_t taken[PF_MAX_NODES];  // place in the order of taking, likeliest first; 0 for the root
 };
 
 // One line of tokens below the root, proposed besides the drafter's block, and often longer than that.
@@ -42,5 +43,8 @@ inline int32_t rank_of(int32_t token, const int32_t * ids, int32_t n_rank) {
 void build_tree(const int32_t * ids, const float * logp, int32_t n_depth, int32_t n_rank, int32_t budget, int32_t shape,
                 const Calibration * calibration, int32_t root_token, const Line * line, const Allowed & allowed,
                 Tree & out);
+
+// Leaves the n_nodes likeliest: what build_tree gives for as many.
+void cut_tree(int32_t n_nodes, Tree & tree);
 
 } // namespace pf
