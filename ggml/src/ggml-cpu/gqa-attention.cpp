@@ -124,6 +124,24 @@ Seen look(const ggml_tensor * mask, int64_t query, int64_t n, int64_t key, int64
     return all_open ? Seen::all : any_open ? Seen::part : Seen::nothing;
 }
 
+void nothing_said(const Work & w, int64_t rows) {
+    std::fill(w.max, w.max + rows, -FLT_MAX);
+    std::fill(w.sum, w.sum + rows, 0.0f);
+}
+
+// Calls visit(key, n_keys, seen) for every block of keys that some of n queries see.
+template <class Visit>
+void each_block_seen(const ggml_tensor * dst, int64_t first, int64_t n, int64_t key_begin, int64_t key_end,
+                     Visit && visit) {
+    for (int64_t key = key_begin; key < key_end; key += kKeys) {
+        const int64_t n_keys = std::min(kKeys, key_end - key);
+        const Seen seen = look(dst->src[3], first, n, key, n_keys);
+        if (seen != Seen::nothing) {
+            visit(key, n_keys, seen);
+        }
+    }
+}
+
 // One unit's rows: row i * n_share + h is head h of the unit's query i.
 void attend(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t head_kv, int64_t first, int64_t n,
             int64_t key_begin, int64_t key_end) {
@@ -145,16 +163,10 @@ void attend(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t head
             }
         }
     }
-    std::fill(w.max, w.max + rows, -FLT_MAX);
-    std::fill(w.sum, w.sum + rows, 0.0f);
+    nothing_said(w, rows);
     memset(w.said, 0, c.d_v * rows * sizeof(float));
 
-    for (int64_t key = key_begin; key < key_end; key += kKeys) {
-        const int64_t n_keys = std::min(kKeys, key_end - key);
-        const Seen seen = look(mask, first, n, key, n_keys);
-        if (seen == Seen::nothing) {
-            continue;
-        }
+    each_block_seen(dst, first, n, key_begin, key_end, [&](int64_t key, int64_t n_keys, Seen seen) {
         int64_t stride;
         const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, w.keys, &stride);
         for (int64_t p = 0; p < rows; p += tree_panel) {
@@ -216,7 +228,7 @@ void attend(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t head
         const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, w.keys, &stride);
         tree_gemm((int) c.d_v, (int) rows, (int) n_keys, {rows_v, 1, stride}, w.scores, rows, tree_panel, 1.0f, w.said,
                   rows);
-    }
+    });
     tree_transpose((int) c.d_v, (int) rows, w.said, rows, w.by_row, c.d_v);
 }
 
@@ -235,16 +247,10 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
             w.query[r * c.d_k + d] = from[d] * scale;
         }
     }
-    std::fill(w.max, w.max + rows, -FLT_MAX);
-    std::fill(w.sum, w.sum + rows, 0.0f);
+    nothing_said(w, rows);
     memset(w.by_row, 0, c.d_v * rows * sizeof(float));
 
-    for (int64_t key = key_begin; key < key_end; key += kKeys) {
-        const int64_t n_keys = std::min(kKeys, key_end - key);
-        const Seen seen = look(mask, first, n, key, n_keys);
-        if (seen == Seen::nothing) {
-            continue;
-        }
+    each_block_seen(dst, first, n, key_begin, key_end, [&](int64_t key, int64_t n_keys, Seen seen) {
         int64_t stride;
         const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, w.keys, &stride);
         for (int64_t j = 0; j < n_keys; ++j) {
@@ -274,7 +280,7 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
         const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, w.keys, &stride);
         tree_gemm((int) rows, (int) c.d_v, (int) n_keys, {w.scores, kKeys, 1}, rows_v, stride, tree_panel, 1.0f,
                   w.by_row, c.d_v);
-    }
+    });
 }
 
 float * row_said(ggml_tensor * dst, const Cut & c, int64_t query, int64_t head) {
