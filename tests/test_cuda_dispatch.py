@@ -102,7 +102,8 @@ def test_a_step_is_a_few_graph_launches(kv_type: str, budget: int, null_cuda: Pa
     assert seen.steps[0]["launches"] > 100  # the prompt, and every graph once as it is
     assert seen.steps[-2]["launches"] == 0  # by now all are captured
     assert seen.steps[-2]["captures"] == 0
-    assert seen.steps[-2]["graph_launches"] == (4 if budget else 2)  # draft, verify, commit, the drafter's context
+    # The drafter's context, draft, verify, commit; where nothing is drafted the context waits.
+    assert seen.steps[-2]["graph_launches"] == (4 if budget else 1)
     assert seen.steps[-2]["to_device"] < 32 << 10
     assert seen.steps[-2]["to_host"] < 4 << 10
 
