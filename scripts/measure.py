@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 from measuring import PARTS, PROMPTS, counted, parted, table
-from train.heldout import loops
 
 import pydflash
+from pydflash.bench.figures import loops
 
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {"budget": 0},

@@ -25,10 +25,10 @@ from numpy.typing import NDArray
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from measuring import PROMPTS, counted, machine, table
-from train.heldout import loops
 
 import pydflash
 from pydflash._lib import check, ffi, lib
+from pydflash.bench.figures import loops
 
 BUDGETS = (4, 8, 15, 16, 32, 63)
 N_RANK = 64

@@ -32,10 +32,10 @@ from typing import Any
 import numpy as np
 from measuring import BUDGET, PROMPTS, ROOT, Timeline, counted, document, heldout, library, machine, table, write_csv
 from train.common import HELD_OUT
-from train.heldout import loops
 
 import pydflash
 from pydflash._lib import check, ffi, lib
+from pydflash.bench.figures import loops
 
 LICENCE = ROOT / "LICENSES" / "PSF-2.0.txt"
 N_BEGIN = 160  # tokens at most of a beginning that is quoted

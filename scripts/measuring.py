@@ -6,7 +6,6 @@ goes on behind what it generated. It owns no model; it refuses nothing that the 
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import math
 import os
@@ -23,6 +22,8 @@ from typing import Any, TypeVar
 import pydflash
 from pydflash import options
 from pydflash._lib import check, ffi, lib
+from pydflash.bench import report
+from pydflash.bench.answers import parted as parted
 from pydflash.bench.prompts import document as document  # the scripts' long text, too
 from pydflash.bench.prompts import library as library
 
@@ -148,11 +149,6 @@ class Timeline:
         return out
 
 
-def parted(a: Sequence[int], b: Sequence[int]) -> int | None:
-    """The first index at which two texts differ, None when they do not."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
-
-
 class Progress:
     """One line of stderr that says how far a prefill is, how fast, and how long it still takes."""
 
@@ -256,13 +252,9 @@ def heldout(session: pydflash.Session, names: Sequence[str], count: int, length:
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One line a row; the columns are the keys in the order in which they first appear."""
+    """As `pydflash.bench.report.write_csv`, into a folder that is made if need be."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    report.write_csv(path, rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

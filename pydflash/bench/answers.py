@@ -64,6 +64,11 @@ def largest_tie(session: pydflash.Session, target: str | os.PathLike[str]) -> fl
     return max(*ties, *(TIES["f32"] if name == "f32" else TIE_OF_CACHES for name in session.plan.kv_type))
 
 
+def parted(a: Sequence[int], b: Sequence[int]) -> int | None:
+    """Where two texts of one length part; None where they do not."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), None)
+
+
 def compare(
     session: pydflash.Session,
     prompt: Sequence[int],
@@ -80,7 +85,7 @@ def compare(
     """The places where arms part from plain decoding of this prompt. WrongAnswerError where that is no tie."""
     found = []
     for arm, ids in said.items():
-        at = next((i for i, (a, b) in enumerate(zip(plain, ids, strict=True)) if a != b), None)
+        at = parted(plain, ids)
         if at is None:
             continue
         before = [*prompt, *plain[:at]]
