@@ -1,4 +1,5 @@
-"""Attention of many queries on the CPU, over caches of every pair of types, against float64 from the definition.
+"""Attention on the CPU, of few queries and of many, over caches of every pair of types, against float64 from the
+definition.
 
 K and V are what the cache holds, unpacked; nothing else may be rounded, the queries neither. That also shows that such
 passes go the way on which K and V are unpacked once for many queries: the other rounds the queries as K is.
@@ -32,8 +33,10 @@ def attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, is_open: np.ndarray) 
 
 @pytest.mark.parametrize("v_type", TYPES, ids=lambda t: t.name)
 @pytest.mark.parametrize("k_type", TYPES, ids=lambda t: t.name)
-def test_many_queries_round_nothing_but_the_cache(ggml: Ggml, k_type: Type, v_type: Type) -> None:
-    n, n_kv = 130, 300  # two tiles of queries and some; four of the cache and some
+# As many queries as dot products take, and more: one, rows in fours and some; two tiles of them and some. Of the cache
+# four tiles and some.
+@pytest.mark.parametrize(("n", "n_kv"), [(1, 301), (3, 299), (7, 300), (130, 300)])
+def test_nothing_is_rounded_but_the_cache(ggml: Ggml, k_type: Type, v_type: Type, n: int, n_kv: int) -> None:
     rng = np.random.default_rng(k_type * 100 + v_type)
     q = rng.standard_normal((N_HEAD, n, D), np.float32)
     is_open = rng.random((n, n_kv)) < 0.5

@@ -3,15 +3,17 @@
 // Upstream walks the keys once for every query and head below 64 queries, and above it for every head. Here the heads that
 // share keys and a block of queries make the rows of one product, and lie across the lanes: scores are K Q' [keys][rows],
 // and what is said is V' P [d][rows], both with the cache's own rows as the left factor, so keys and values are unpacked
-// once, transposed never, and softmax runs down the columns. Fewer than eight rows (one query and the heads of a key) take
-// dot products instead, with d across the lanes. Accumulators are f32 whatever the cache's type.
+// once, transposed never, and softmax runs down the columns. Fewer than sixteen rows (a query or two and the heads of a
+// key) take dot products instead, with d across the lanes. Accumulators are f32 whatever the cache's type.
 //
 // Owns: the order of sums. Long caches are cut into slices that depend on the shapes alone, and put together in their
 // order: results are the same bits for any number of threads. Refuses nothing: what it does not do it leaves to upstream.
 #include "gqa-attention.h"
 
-#include "ggml-cpu-impl.h"
-#include "ggml-cpu.h"
+#include "cache-rows.h"
+#if defined(__AVX512F__)
+#include "lane-sums.h"
+#endif
 #include "tree-gemm.h"
 #include "tree-work.h"
 
@@ -22,7 +24,7 @@
 
 namespace {
 
-constexpr int64_t kMinRows = 8;  // fewer leave too many lanes of a product empty
+constexpr int64_t kMinRows = 16; // fewer leave too many lanes of a product empty
 constexpr int64_t kMaxRows = 64; // of a product
 constexpr int64_t kKeys = 64;    // of a product
 constexpr int64_t kMinSlice = 512;
@@ -78,31 +80,42 @@ struct Work {
     }
 };
 
-// n rows of the cache from `first` on, as floats, and the stride between them.
-const float * rows_of_cache(const ggml_tensor * t, int64_t head, int64_t first, int64_t n, float * to,
-                            int64_t * stride) {
-    const char * data = (const char *) t->data + head * t->nb[2] + first * t->nb[1];
-    if (t->type == GGML_TYPE_F32) {
-        *stride = (int64_t) (t->nb[1] / sizeof(float));
-        return (const float *) data;
-    }
-    *stride = t->ne[0];
-    const size_t row_size = ggml_row_size(t->type, t->ne[0]);
-    for (int64_t i = 0; i < n; ++i, data += t->nb[1]) {
-        // A head's rows lie apart, where no processor looks ahead by itself.
-        for (size_t ahead = 0; ahead < row_size; ahead += 64) {
-            __builtin_prefetch(data + kKeys * t->nb[1] + ahead);
+// scores [tile_rows][kKeys] = query [tile_rows][d] . keys
+template <int tile_rows>
+void score_tiles(int64_t n_keys, int64_t d, const float * query, const float * keys, int64_t stride, float * scores) {
+#if defined(__AVX512F__)
+    constexpr int tile_keys = 16 / tile_rows;
+    for (int64_t j = 0; j < n_keys; j += tile_keys) {
+        const float * key[tile_keys];
+        for (int b = 0; b < tile_keys; ++b) {
+            key[b] = keys + std::min(j + b, n_keys - 1) * stride; // beyond the last: the last again
         }
-        float * row = to + i * t->ne[0];
-        if (t->type == GGML_TYPE_F16) {
-            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) data, row, t->ne[0]);
-        } else if (t->type == GGML_TYPE_BF16) {
-            ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) data, row, t->ne[0]);
-        } else {
-            ggml_get_type_traits(t->type)->to_float(data, row, t->ne[0]);
+        __m512 sum[16] = {};
+        for (int64_t t = 0; t < d; t += 16) {
+            __m512 q[tile_rows];
+            for (int a = 0; a < tile_rows; ++a) {
+                q[a] = _mm512_loadu_ps(query + a * d + t);
+            }
+#pragma GCC unroll 16
+            for (int b = 0; b < tile_keys; ++b) {
+                const __m512 k = _mm512_loadu_ps(key[b] + t);
+#pragma GCC unroll 4
+                for (int a = 0; a < tile_rows; ++a) {
+                    sum[a * tile_keys + b] = _mm512_fmadd_ps(q[a], k, sum[a * tile_keys + b]);
+                }
+            }
+        }
+        alignas(64) float sums[16];
+        _mm512_store_ps(sums, lane_sums(sum));
+        for (int a = 0; a < tile_rows; ++a) {
+            memcpy(scores + a * kKeys + j, sums + a * tile_keys, tile_keys * sizeof(float));
         }
     }
-    return to;
+#else
+    for (int64_t j = 0; j < n_keys; ++j) {
+        tree_dots(1, tile_rows, (int) d, keys + j * stride, query, scores + j, kKeys);
+    }
+#endif
 }
 
 enum class Seen { nothing, part, all };
@@ -168,7 +181,7 @@ void attend(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t head
 
     each_block_seen(dst, first, n, key_begin, key_end, [&](int64_t key, int64_t n_keys, Seen seen) {
         int64_t stride;
-        const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, w.keys, &stride);
+        const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, kKeys, w.keys, &stride);
         for (int64_t p = 0; p < rows; p += tree_panel) {
             const int64_t width = std::min<int64_t>(tree_panel, rows - p);
             tree_gemm((int) n_keys, (int) width, (int) c.d_k, {rows_k, stride, 1}, w.query + p * c.d_k, width, 0, 0.0f,
@@ -225,11 +238,27 @@ void attend(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t head
                 w.sum[r] += s[r];
             }
         }
-        const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, w.keys, &stride);
+        const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, kKeys, w.keys, &stride);
         tree_gemm((int) c.d_v, (int) rows, (int) n_keys, {rows_v, 1, stride}, w.scores, rows, tree_panel, 1.0f, w.said,
                   rows);
     });
     tree_transpose((int) c.d_v, (int) rows, w.said, rows, w.by_row, c.d_v);
+}
+
+float max_of(const float * x, int64_t n) {
+    float lane[16];
+    std::fill_n(lane, 16, -FLT_MAX);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int l = 0; l < 16; ++l) {
+            lane[l] = x[i + l] > lane[l] ? x[i + l] : lane[l];
+        }
+    }
+    float max = *std::max_element(lane, lane + 16);
+    for (; i < n; ++i) {
+        max = x[i] > max ? x[i] : max;
+    }
+    return max;
 }
 
 // The same for fewer than kMinRows rows, in other shapes: query [rows][d_k], scores [rows][kKeys], by_row [rows][d_v].
@@ -240,7 +269,7 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
     float scale;
     memcpy(&scale, dst->op_params, sizeof scale);
 
-    for (int64_t r = 0; r < pad(rows, 2); ++r) {
+    for (int64_t r = 0; r < pad(rows, 4); ++r) {
         const int64_t same = std::min(r, rows - 1);
         const float * from = row_of(q, first + same / c.n_share, head_kv * c.n_share + same % c.n_share);
         for (int64_t d = 0; d < c.d_k; ++d) {
@@ -252,11 +281,15 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
 
     each_block_seen(dst, first, n, key_begin, key_end, [&](int64_t key, int64_t n_keys, Seen seen) {
         int64_t stride;
-        const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, w.keys, &stride);
-        for (int64_t j = 0; j < n_keys; ++j) {
-            tree_dots(1, (int) pad(rows, 2), (int) c.d_k, rows_k + j * stride, w.query, w.scores + j, kKeys);
+        const float * rows_k = rows_of_cache(k, head_kv, key, n_keys, kKeys, w.keys, &stride);
+        int64_t r = 0;
+        for (; r + 2 < rows; r += 4) {
+            score_tiles<4>(n_keys, c.d_k, w.query + r * c.d_k, rows_k, stride, w.scores + r * kKeys);
         }
-        for (int64_t r = 0; r < rows; ++r) {
+        if (r < rows) {
+            score_tiles<2>(n_keys, c.d_k, w.query + r * c.d_k, rows_k, stride, w.scores + r * kKeys);
+        }
+        for (r = 0; r < rows; ++r) {
             float * s = w.scores + r * kKeys;
             if (seen == Seen::part) {
                 const int64_t i = first + r / c.n_share;
@@ -265,10 +298,7 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
                     s[j] += GGML_CPU_FP16_TO_FP32(m[j]);
                 }
             }
-            float max = w.max[r];
-            for (int64_t j = 0; j < n_keys; ++j) {
-                max = s[j] > max ? s[j] : max;
-            }
+            const float max = std::max(w.max[r], max_of(s, n_keys));
             if (max > w.max[r]) {
                 const float factor = std::exp(w.max[r] - max);
                 w.max[r] = max;
@@ -277,7 +307,7 @@ void attend_few(const ggml_tensor * dst, const Cut & c, const Work & w, int64_t 
             }
             w.sum[r] += (float) ggml_vec_soft_max_f32((int) n_keys, s, s, max);
         }
-        const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, w.keys, &stride);
+        const float * rows_v = rows_of_cache(v, head_kv, key, n_keys, kKeys, w.keys, &stride);
         tree_gemm((int) rows, (int) c.d_v, (int) n_keys, {w.scores, kKeys, 1}, rows_v, stride, tree_panel, 1.0f,
                   w.by_row, c.d_v);
     });
@@ -318,12 +348,10 @@ void put_together(ggml_tensor * dst, const Cut & c, const float * partials, int6
 bool is_ours(const ggml_tensor * dst) {
     const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3];
     const float * bias_and_cap = (const float *) dst->op_params + 1;
-    const auto unpacks = [](const ggml_tensor * t) {
-        return t->type == GGML_TYPE_F32 || ggml_get_type_traits(t->type)->to_float;
-    };
     return mask && !dst->src[4] && bias_and_cap[0] == 0.0f && bias_and_cap[1] == 0.0f && q->type == GGML_TYPE_F32 &&
-           unpacks(k) && unpacks(v) && q->ne[3] == 1 && k->ne[3] == 1 && mask->ne[2] == 1 && mask->ne[3] == 1 &&
-           k->ne[2] == v->ne[2] && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 && q->ne[1] * (q->ne[2] / k->ne[2]) >= 2;
+           unpacks_cache(k->type) && unpacks_cache(v->type) && q->ne[3] == 1 && k->ne[3] == 1 && mask->ne[2] == 1 &&
+           mask->ne[3] == 1 && k->ne[2] == v->ne[2] && k->ne[0] % 16 == 0 && v->ne[0] % 16 == 0 &&
+           q->ne[1] * (q->ne[2] / k->ne[2]) >= 2;
 }
 
 } // namespace
