@@ -299,7 +299,7 @@ int pf_session_get_costs(pf_session * session, pf_costs * out) {
         pf_costs costs = {};
         std::copy(pf::pass_sizes.begin(), pf::pass_sizes.end(), costs.n_nodes);
         std::copy(row.pass.begin(), row.pass.end(), costs.pass_ms);
-        costs.draft_ms = row.draft;
+        costs.draft_ms = *std::max_element(row.draft.begin(), row.draft.end()); // of a whole block
         pf::write_result(costs, out);
     });
 }

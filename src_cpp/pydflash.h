@@ -333,7 +333,8 @@ PF_API int pf_session_copy(pf_session * to, pf_session * from);
 /* What a session knows of speed. Whatever it is, the same tokens are said. */
 
 /* Where this session is deep into its context now: milliseconds of a pass over so many nodes with its commit, and of a
- * draft; measured on the first call, and by PF_BUDGET_AUTO, for every doubling of the context. Some token must be pending. */
+ * draft of a whole block; measured on the first call, and by PF_BUDGET_AUTO, for every doubling of the context. Some token
+ * must be pending. */
 #define PF_N_PASSES 9
 typedef struct pf_costs {
     uint32_t size;

@@ -96,6 +96,7 @@ class Session {
     void grow_tree(const Block & block, int32_t budget);
     void search_tree(Block & block, int32_t n_depth, int32_t n_line);
     void learn(const Block & block);
+    int32_t n_drafts() const;
     void measure_costs();
     void get_ready_to_search();
     double time_pass(int32_t n_nodes);

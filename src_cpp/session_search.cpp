@@ -16,22 +16,28 @@ void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
     grow_tree(block, line_ ? budget_ : 0);
     const bool proposed = line_ != nullptr;
     Policy::Choice choice = policy.choose(tree_, budget_ + 1);
-    if (n_depth > 0 && policy.drafts(proposed)) {
+    const int32_t size = n_depth > 0 ? policy.drafts(proposed, n_drafts()) : -1;
+    if (size >= 0) {
         Timer timer;
         runner_.settle_context();
         spent_.context_ms = timer.lap_ms();
         policy.paid(spent_.context_ms);
-        draft(block, n_depth);
+        block.n_drafted = std::min(block.n_drafted, draft_sizes[(size_t) size]);
+        draft(block, std::min(n_depth, block.n_drafted));
         spent_.draft_ms = timer.lap_ms();
         line_ = given ? given : copied_line(block, n_line); // the block has a say in how likely it is
         grow_tree(block, budget_);
-        const Policy::Choice drafted = policy.choose(tree_, budget_ + 1);
-        policy.drafted(choice, drafted, proposed);
-        choice = drafted;
+        choice = policy.drafted(size, proposed, choice, tree_, budget_ + 1);
     }
     if (choice.n_nodes < tree_.n_nodes) {
         cut_tree(choice.n_nodes, tree_);
     }
+}
+
+// How many sizes of drafts there are for the block.
+int32_t Session::n_drafts() const {
+    const int32_t n_drafted = new_block().n_drafted;
+    return n_drafted > 0 ? draft_size_of(n_drafted) + 1 : 0;
 }
 
 // One pass over so many nodes that nothing comes of: what it leaves behind the committed rows is as if it had not been.
@@ -54,17 +60,16 @@ void Session::measure_costs() {
     if (policy.costs.known(policy.row())) {
         return;
     }
-    const auto time_draft = [&] {
+    const auto time_draft = [&](int32_t size) {
         Block block = new_block();
-        if (block.n_drafted == 0) {
-            return 0.0;
-        }
+        block.n_drafted = std::min(block.n_drafted, draft_sizes[(size_t) size]);
         runner_.settle_context();
         Timer timer;
         draft(block, block.n_drafted);
         return timer.lap_ms();
     };
-    policy.costs.measure(policy.row(), budget_ + 1, [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
+    policy.costs.measure(
+        policy.row(), budget_ + 1, n_drafts(), [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
 }
 
 void Session::get_ready_to_search() {

@@ -49,8 +49,8 @@ def test_trees_keep_what_they_promise(session: Session) -> None:
     n_steps, promised, kept = 0, 0.0, 0
     for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[0:60:3]]):
         values = np.frombuffer(experience(session), np.float64).copy()
-        costs = values[1 : 1 + 10 * 19].reshape(10, 19)
-        costs[:, :9], costs[:, 9:18], costs[:, 18] = 100.0, 16, 1e-3
+        costs = values[1 : 1 + 10 * 21].reshape(10, 21)
+        costs[:, :9], costs[:, 9:18], costs[:, 18:] = 100.0, 16, 1e-3
         assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
         stats = session.generate(prompt, budget="auto", **GREEDY).stats
         if i >= 30:

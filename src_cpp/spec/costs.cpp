@@ -31,8 +31,8 @@ void Costs::saw_pass(int32_t row, int32_t size, double ms) {
     last_[row][size] = ++clock_;
 }
 
-void Costs::saw_draft(int32_t row, double ms) {
-    double & mean = rows_[row].draft;
+void Costs::saw_draft(int32_t row, int32_t size, double ms) {
+    double & mean = rows_[row].draft[size];
     mean = moved(mean, ms, mean > 0 ? n_counted : 0);
 }
 
@@ -73,7 +73,7 @@ void Costs::save(double * out) const {
     for (int32_t row = 0; row < n_rows; ++row) {
         out = std::copy(rows_[row].pass.begin(), rows_[row].pass.end(), out);
         out = std::copy(times_[row].begin(), times_[row].end(), out);
-        *out++ = rows_[row].draft;
+        out = std::copy(rows_[row].draft.begin(), rows_[row].draft.end(), out);
     }
 }
 
@@ -90,10 +90,12 @@ bool Costs::load(const double * values) {
             }
             n = (int32_t) given;
         }
-        read.rows_[row].draft = *values++;
-        const auto & pass = read.rows_[row].pass;
+        for (double & ms : read.rows_[row].draft) {
+            ms = *values++;
+        }
+        const auto & [pass, draft] = read.rows_[row];
         const auto is_time = [](double ms) { return ms >= 0 && ms < 1e9; };
-        if (!std::all_of(pass.begin(), pass.end(), is_time) || !is_time(read.rows_[row].draft) ||
+        if (!std::all_of(pass.begin(), pass.end(), is_time) || !std::all_of(draft.begin(), draft.end(), is_time) ||
             (pass[0] > 0) != std::all_of(pass.begin(), pass.end(), [](double ms) { return ms > 0; })) {
             return false;
         }

@@ -1,5 +1,5 @@
-// What steps take on this machine, in milliseconds: a pass over so many nodes with its commit, and a draft, for every
-// doubling of the context. Measured, then kept up to date by the steps themselves.
+// What steps take on this machine, in milliseconds: a pass over so many nodes with its commit, and a draft of so many
+// depths, for every doubling of the context. Measured, then kept up to date by the steps themselves.
 //
 // Passes come in a few sizes, each searched on its own: what a pass takes rises in steps, where matrix products work in
 // tiles, and no curve is assumed.
@@ -23,11 +23,25 @@ inline int32_t pass_size_of(int32_t n_nodes) {
     return i;
 }
 
+// Depths that a draft is asked for: a block is computed whole, but what is not asked for needs no logits. The last stands
+// for all that the block has.
+constexpr std::array<int32_t, 3> draft_sizes = {3, 7, 63};
+constexpr int32_t n_draft_sizes = static_cast<int32_t>(draft_sizes.size());
+
+// The size that asks for all of so many depths.
+inline int32_t draft_size_of(int32_t n_depth) {
+    int32_t i = 0;
+    while (i + 1 < n_draft_sizes && draft_sizes[i] < n_depth) {
+        ++i;
+    }
+    return i;
+}
+
 class Costs {
   public:
     struct Row {
         std::array<double, n_pass_sizes> pass = {}; // 0: not known
-        double draft = 0;
+        std::array<double, n_draft_sizes> draft = {};
     };
 
     // The row of a context of n tokens; filled by measure().
@@ -35,20 +49,21 @@ class Costs {
     bool known(int32_t row) const { return rows_[row].pass[0] > 0; }
     const Row & row(int32_t row) const { return rows_[row]; }
 
-    // time_pass(n_nodes) and time_draft() run one, of at most so many nodes, and give its time; 0: there is no draft.
+    // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time. n_drafts: of how many
+    // sizes there are drafts.
     // Takes about as long as 20 plain steps and 0.2 s at most; what is left then is drawn through what was measured, and
     // gives way to the first step of its size.
     template <class TimePass, class TimeDraft>
-    void measure(int32_t row, int32_t most, TimePass && time_pass, TimeDraft && time_draft);
+    void measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft);
 
     // A step, or a pass for the sake of measuring, of this size (an index into pass_sizes); a draft.
     void saw_pass(int32_t row, int32_t size, double ms);
-    void saw_draft(int32_t row, double ms);
+    void saw_draft(int32_t row, int32_t size, double ms);
     // Of the sizes up to `most` nodes, the one that has gone longest without being seen, and for how many passes.
     int32_t stalest(int32_t row, int32_t most, int64_t & age) const;
 
     static constexpr int32_t n_rows = 10; // up to 1,024 tokens, 2,048, ...
-    static constexpr int32_t n_values = n_rows * (2 * n_pass_sizes + 1);
+    static constexpr int32_t n_values = n_rows * (2 * n_pass_sizes + n_draft_sizes);
     void save(double * out) const;
     bool load(const double * values); // false, and nothing has changed: they are no costs
 
@@ -62,17 +77,18 @@ class Costs {
 };
 
 template <class TimePass, class TimeDraft>
-void Costs::measure(int32_t row, int32_t most, TimePass && time_pass, TimeDraft && time_draft) {
+void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft) {
     rows_[row] = {};
     times_[row] = {};
     time_pass(1); // the first of a size builds its graph
     const double plain = time_pass(1);
     saw_pass(row, 0, plain);
     double left = 20 * plain + 200;
-    const double draft = time_draft();
-    if (draft > 0) {
-        saw_draft(row, std::min(draft, time_draft()));
-        left -= 2 * draft;
+    for (int32_t size = 0; size < n_drafts; ++size) {
+        const double first = time_draft(size);
+        const double again = time_draft(size);
+        saw_draft(row, size, std::min(first, again));
+        left -= first + again;
     }
     for (const int32_t n_nodes : {16, 4, 8, 2, 32, 24, 64, 48}) {
         if (left <= 0 || n_nodes > most) {

@@ -36,17 +36,24 @@ int32_t Policy::to_measure(int32_t most) {
     return size;
 }
 
-Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
+Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth) const {
     double chance[PF_MAX_NODES]; // in the order of taking, likeliest first
+    int32_t n_chances = 0;
+    int32_t order[PF_MAX_NODES];
     for (int32_t i = 0; i < tree.n_nodes; ++i) {
-        chance[tree.taken[i]] = std::exp(static_cast<double>(tree.score[i]));
+        order[tree.taken[i]] = i;
+    }
+    for (int32_t t = 0; t < tree.n_nodes; ++t) {
+        if (tree.depth[order[t]] <= max_depth) {
+            chance[n_chances++] = std::exp(static_cast<double>(tree.score[order[t]]));
+        }
     }
     const double ms_price = price();
     const auto & pass = costs.row(row_).pass;
     Choice best{1, 1 - ms_price * pass[0]};
     double expected = 0;
-    for (int32_t i = 0, n = 0; i < n_pass_sizes && pass_sizes[i] <= most && n < tree.n_nodes; ++i) {
-        for (; n < std::min(pass_sizes[i], tree.n_nodes); ++n) {
+    for (int32_t i = 0, n = 0; i < n_pass_sizes && pass_sizes[i] <= most && n < n_chances; ++i) {
+        for (; n < std::min(pass_sizes[i], n_chances); ++n) {
             expected += chance[n];
         }
         const double value = expected - ms_price * pass[i] * (i > 0 ? caution : 1);
@@ -57,28 +64,48 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most) const {
     return best;
 }
 
-bool Policy::drafts(bool proposed) {
-    const Gain & gain = gain_[proposed];
-    const double ms = costs.row(row_).draft;
-    const double worth = gain.mean / price(); // milliseconds
-    if (!gain.known || worth >= ms) {
-        return true;
+int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
+    const int32_t full = n_sizes - 1;
+    const auto gain = [&](int32_t size) -> const Gain & { return gain_[proposed ? n_draft_sizes : size]; };
+    const auto profit = [&](int32_t size) { return gain(size).mean / price() - costs.row(row_).draft[size]; }; // ms
+    int32_t best = -1;
+    double most = 0;
+    for (int32_t size = proposed ? full : 0; size <= full; ++size) {
+        if (profit(size) > most) {
+            best = size;
+            most = profit(size);
+        }
     }
-    if (spare_ms_ >= ms - worth) {
-        spare_ms_ -= ms - worth;
-        return true;
+    const double lost = most - profit(full); // by a full one
+    if (!gain(full).known || best == full) {
+        return full;
     }
-    return false;
+    if (spare_ms_ < lost) {
+        return best;
+    }
+    spare_ms_ -= lost;
+    return full;
 }
 
-void Policy::drafted(const Choice & without, const Choice & with, bool proposed) {
-    Gain & gain = gain_[proposed];
-    const double seen = std::max(0.0, with.value - without.value);
+Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most) {
+    drafted_ = size;
+    const Choice best = choose(tree, most);
+    if (proposed) {
+        gain_[n_draft_sizes].saw(best.value - without.value);
+        return best;
+    }
+    for (int32_t i = 0; i <= size; ++i) {
+        gain_[i].saw((i == size ? best : choose(tree, most, draft_sizes[i])).value - without.value);
+    }
+    return best;
+}
+
+void Policy::Gain::saw(double tokens) {
     // Text changes: the longer ago the last draft was, the less it still says.
-    const double weight = gain.known ? std::clamp(gain.tokens_since / 64.0, 1 / 16.0, 0.5) : 1;
-    gain.mean += weight * (seen - gain.mean);
-    gain.known = true;
-    gain.tokens_since = 0;
+    const double weight = known ? std::clamp(tokens_since / 64.0, 1 / 16.0, 0.5) : 1;
+    mean += weight * (std::max(0.0, tokens) - mean);
+    known = true;
+    tokens_since = 0;
 }
 
 void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double pass_ms, bool typical) {
@@ -93,13 +120,14 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
         costs.saw_pass(row_, size, pass_ms);
     }
     if (draft_ms > 0) {
-        costs.saw_draft(row_, draft_ms);
+        costs.saw_draft(row_, drafted_, draft_ms);
     }
     const double ms = draft_ms + pass_ms;
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
     const auto & now = costs.row(row_);
-    const double most = std::max({most_spared * now.pass[0], now.draft, now.pass[n_pass_sizes - 1]});
+    const double draft = *std::max_element(now.draft.begin(), now.draft.end());
+    const double most = std::max({most_spared * now.pass[0], draft, now.pass[n_pass_sizes - 1]});
     spare_ms_ = std::min(spare_ms_ + spared * ms, most);
 }
 
