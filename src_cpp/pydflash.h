@@ -28,7 +28,7 @@
 extern "C" {
 #endif
 
-#define PF_ABI_VERSION 4
+#define PF_ABI_VERSION 5
 #define PF_MAX_NODES 64 /* tree nodes a verify pass can hold, the root included */
 
 enum {
@@ -335,7 +335,7 @@ PF_API int pf_session_copy(pf_session * to, pf_session * from);
 /* Where this session is deep into its context now: milliseconds of a pass over so many nodes with its commit, and of a
  * draft of a whole block; measured on the first call, and by PF_BUDGET_AUTO, for every doubling of the context. Some token
  * must be pending. */
-#define PF_N_PASSES 9
+#define PF_N_PASSES 12
 typedef struct pf_costs {
     uint32_t size;
     int32_t n_nodes[PF_N_PASSES];

@@ -49,8 +49,8 @@ def test_trees_keep_what_they_promise(session: Session) -> None:
     n_steps, promised, kept = 0, 0.0, 0
     for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[0:60:3]]):
         values = np.frombuffer(experience(session), np.float64).copy()
-        costs = values[1 : 1 + 10 * 21].reshape(10, 21)
-        costs[:, :9], costs[:, 9:18], costs[:, 18:] = 100.0, 16, 1e-3
+        costs = values[1 : 1 + 10 * 27].reshape(10, 27)
+        costs[:, :12], costs[:, 12:24], costs[:, 24:] = 100.0, 16, 1e-3
         assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
         stats = session.generate(prompt, budget="auto", **GREEDY).stats
         if i >= 30:
@@ -70,7 +70,7 @@ def test_costs_are_measured_where_the_session_stands(session: Session) -> None:
     session.append(PROMPTS[0])
     tokens = session.tokens
     costs = session.costs()
-    assert list(costs.pass_ms) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert list(costs.pass_ms) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     assert all(ms > 0 for ms in costs.pass_ms.values())
     assert costs.pass_ms[64] > costs.pass_ms[1]
     assert costs.draft_ms is not None

@@ -11,7 +11,7 @@
 
 namespace pf {
 
-constexpr std::array<int32_t, 9> pass_sizes = {1, 2, 4, 8, 16, 24, 32, 48, 64};
+constexpr std::array<int32_t, 12> pass_sizes = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
 constexpr int32_t n_pass_sizes = static_cast<int32_t>(pass_sizes.size());
 
 // The smallest of them that holds so many nodes.
@@ -90,7 +90,7 @@ void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && tim
         saw_draft(row, size, std::min(first, again));
         left -= first + again;
     }
-    for (const int32_t n_nodes : {16, 4, 8, 2, 32, 24, 64, 48}) {
+    for (const int32_t n_nodes : {16, 4, 2, 8, 3, 32, 6, 12, 64, 24, 48}) {
         if (left <= 0 || n_nodes > most) {
             continue;
         }
