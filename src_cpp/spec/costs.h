@@ -80,24 +80,23 @@ template <class TimePass, class TimeDraft>
 void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft) {
     rows_[row] = {};
     times_[row] = {};
-    time_pass(1); // the first of a size builds its graph
-    const double plain = time_pass(1);
+    double spent = 0;
+    const auto least = [&](const auto & time) {
+        spent += time(); // the first builds a graph
+        const double ms[2] = {time(), time()};
+        spent += ms[0] + ms[1];
+        return std::min(ms[0], ms[1]);
+    };
+    const double plain = least([&] { return time_pass(1); });
     saw_pass(row, 0, plain);
-    double left = 20 * plain + 200;
+    spent = 0;
     for (int32_t size = 0; size < n_drafts; ++size) {
-        const double first = time_draft(size);
-        const double again = time_draft(size);
-        saw_draft(row, size, std::min(first, again));
-        left -= first + again;
+        saw_draft(row, size, least([&] { return time_draft(size); }));
     }
     for (const int32_t n_nodes : {16, 4, 2, 8, 3, 32, 6, 12, 64, 24, 48}) {
-        if (left <= 0 || n_nodes > most) {
-            continue;
+        if (spent < 20 * plain + 200 && n_nodes <= most) {
+            saw_pass(row, pass_size_of(n_nodes), least([&] { return time_pass(n_nodes); }));
         }
-        const double first = time_pass(n_nodes);
-        const double again = time_pass(n_nodes);
-        saw_pass(row, pass_size_of(n_nodes), std::min(first, again));
-        left -= first + again;
     }
     fill(row);
 }

@@ -49,7 +49,10 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth
         }
     }
     const double ms_price = price();
-    const auto & pass = costs.row(row_).pass;
+    auto pass = costs.row(row_).pass;
+    for (int32_t i = n_pass_sizes - 1; i-- > 1;) { // no pass can take longer than a larger one: it was measured badly
+        pass[i] = std::min(pass[i], pass[i + 1]);
+    }
     Choice best{1, 1 - ms_price * pass[0]};
     double expected = 0;
     for (int32_t i = 0, n = 0; i < n_pass_sizes && pass_sizes[i] <= most && n < n_chances; ++i) {
