@@ -1,5 +1,5 @@
-"""Products of weights with a few columns (panel-gemm.h) against float64: weights as gguf unpacks them, columns rounded
-as the type asks for, and of the same bits for any number of threads."""
+"""Products of weights with a few columns (panel-gemm.h, float-gemm.cpp) against float64: weights as gguf unpacks them,
+columns rounded as the type asks for; the same bits for any number of threads and, of floats, beside any columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydflash._lib import check, ffi, lib
 from tests.ggml_ops import Ggml
 
 N_ROWS, K = 43, 512  # no multiple of 16 rows
-COLUMNS = (1, 2, 3, 7, 8, 9, 16, 17, 24, 33)
+COLUMNS = (*range(1, 10), 16, 17, 24, 33)
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +59,30 @@ def test_products_are_those_of_float64(ggml: Ggml, name: str) -> None:
         size = np.linalg.norm(x, axis=1)[:, None] * np.linalg.norm(exact, axis=1)
         assert (np.abs(found[0] - expected) <= 2e-6 * size).all()
         assert (found[0] == found[1]).all()
+
+
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize(("n_rows", "k"), [(1, 256), (8, 32), (15, 272), (17, 2048), (300, 512), (1000, 96)])
+def test_a_column_of_floats_has_its_bits_alone_and_in_any_company(ggml: Ggml, name: str, n_rows: int, k: int) -> None:
+    """Products small enough to be shared out beforehand, and larger ones; columns that do not follow each other."""
+    kind = gguf.GGMLQuantizationType[name]
+    random = np.random.RandomState(2)
+    weights = quantised(random.standard_normal((n_rows, k)).astype(np.float32), kind)
+    exact = gguf.quants.dequantize(weights, kind).astype(np.float64)
+    x = random.standard_normal((70, 2 * k)).astype(np.float32)
+    with ggml.graph() as graph:
+        packed, columns = graph.packed(kind, weights, n_rows, k), graph.tensor(x)
+        counts = (*range(1, 17), 33, 64, 70)
+        first = [graph.view(columns, (n, k), (x.strides[0],), 4 * k) for n in counts]
+        alone = [graph.view(columns, (1, k), (x.strides[0],), i * x.strides[0] + 4 * k) for i in range(len(x))]
+        products = [graph.op("ggml_mul_mat", packed, view) for view in (*first, *alone)]
+        graph.compute(*products, n_threads=2)
+        plain = np.concatenate([graph.read(product, 1, n_rows) for product in products[len(counts) :]])
+        for n, product in zip(counts, products, strict=False):
+            assert (graph.read(product, n, n_rows) == plain[:n]).all()
+    expected = columns_of(x[:, k:], name) @ exact.T
+    size = np.linalg.norm(x[:, k:], axis=1)[:, None] * np.linalg.norm(exact, axis=1)
+    assert (np.abs(plain - expected) <= 2e-6 * size).all()
 
 
 def test_a_column_that_is_no_number_stays_alone(ggml: Ggml) -> None:
