@@ -152,8 +152,8 @@ class OpenSession:
     @property
     def memory(self) -> dict[str, int]:
         """Bytes that the session has allocated, by the names of `plan`'s rows: the plan's own figures, until a run asks
-        for a larger budget, or for the logits of many tokens. On a CUDA device flash attention's copies lie in the
-        compute buffer."""
+        for a larger budget, or for the logits of many tokens. Kept graphs come with use, up to what the plan says. On a
+        CUDA device flash attention's copies lie in the compute buffer."""
         with self._open():
             rows = read_plan(lambda out: lib.pf_session_get_memory(self._core.session, out)).rows
         return {row.name: row.n_bytes for row in rows}

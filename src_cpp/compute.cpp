@@ -1,8 +1,11 @@
 #include "compute.h"
 
 #include <sched.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <numeric>
 
 #include "backend.h"
 #include "error.h"
@@ -12,22 +15,42 @@ namespace pf {
 
 namespace {
 
-// Graphs kept; a context that grows leaves the ones of its shorter lengths behind.
-constexpr size_t max_graphs = 64;
-
 using ThreadpoolNew = struct ggml_threadpool * (*)(struct ggml_threadpool_params *);
 using ThreadpoolFree = void (*)(struct ggml_threadpool *);
 using SetThreadpool = void (*)(ggml_backend_t, struct ggml_threadpool *);
 
+size_t whole_pages(size_t n_bytes) {
+    const size_t page = (size_t) sysconf(_SC_PAGESIZE);
+    return (n_bytes + page - 1) / page * page;
+}
+
 } // namespace
 
 Graph::Graph(size_t max_nodes) {
-    const size_t bytes = ggml_tensor_overhead() * max_nodes * 2 + ggml_graph_overhead_custom(max_nodes, false);
-    ctx = ggml_init({bytes, nullptr, true});
+    n_bytes_ = whole_pages(ggml_tensor_overhead() * max_nodes * 2 + ggml_graph_overhead_custom(max_nodes, false));
+    memory_ = mmap(nullptr, n_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory_ == MAP_FAILED) {
+        throw Error(PF_ERR_MEMORY, "no memory for a compute graph");
+    }
+    ctx = ggml_init({n_bytes_, memory_, true});
     if (!ctx) {
+        munmap(memory_, n_bytes_);
         throw Error(PF_ERR_MEMORY, "no memory for a compute graph");
     }
     gf = ggml_new_graph_custom(ctx, max_nodes, false);
+}
+
+Graph::~Graph() {
+    ggml_free(ctx);
+    munmap(memory_, n_bytes_);
+}
+
+void Graph::trim() {
+    const size_t used = whole_pages(ggml_used_mem(ctx));
+    if (used < n_bytes_) {
+        munmap((char *) memory_ + used, n_bytes_ - used);
+        n_bytes_ = used;
+    }
 }
 
 int available_cores() {
@@ -104,11 +127,17 @@ void Compute::place(Graph & graph) {
         throw Error(PF_ERR_INTERNAL, "a compute graph could not be placed");
     }
     ggml_graph_seal(graph.gf);
+    graph.trim();
     while (graphs_.size() >= max_graphs) {
         graphs_.erase(std::min_element(graphs_.begin(), graphs_.end(), [](const auto & a, const auto & b) {
             return a.second->last_used < b.second->last_used;
         }));
     }
+}
+
+uint64_t Compute::graphs_bytes() const {
+    return std::accumulate(graphs_.begin(), graphs_.end(), uint64_t{0},
+                           [](uint64_t sum, const auto & kept) { return sum + kept.second->n_bytes(); });
 }
 
 void Compute::drop_graphs() {

@@ -16,20 +16,31 @@
 
 namespace pf {
 
+// Graphs kept; a context that grows leaves the ones of its shorter lengths behind.
+constexpr size_t max_graphs = 64;
+
 // What a graph is built for: its kind and the sizes that shape it.
 using GraphKey = std::array<int64_t, 4>;
 
 struct Graph {
     explicit Graph(size_t max_nodes); // throws PF_ERR_MEMORY
-    virtual ~Graph() { ggml_free(ctx); }
+    virtual ~Graph();
     Graph(const Graph &) = delete;
     Graph & operator=(const Graph &) = delete;
 
     GraphBuilder builder() const { return {ctx, gf}; }
 
+    // Host memory of the context; once built, a graph gives back what it did not fill.
+    uint64_t n_bytes() const { return n_bytes_; }
+    void trim();
+
     ggml_context * ctx = nullptr;
     ggml_cgraph * gf = nullptr;
     uint64_t last_used = 0;
+
+  private:
+    void * memory_ = nullptr; // whole pages: a tail of them can be returned, which an allocator need not do
+    size_t n_bytes_ = 0;
 };
 
 // Frees what ggml gave out.
@@ -70,6 +81,7 @@ class Compute {
     // for an op that the device cannot do.
     void reserve(Graph & graph);
     uint64_t buffer_bytes() const { return buffer_bytes_; }
+    uint64_t graphs_bytes() const; // of the graphs that are kept, on the host
 
     // Fills all of t; does nothing for an input that the graph turned out not to use.
     void set(ggml_tensor * t, const void * data);

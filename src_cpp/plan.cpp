@@ -136,7 +136,7 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
     const std::vector<Plan::Row> cached = cache_rows(caches);
     plan.rows.insert(plan.rows.end(), cached.begin(), cached.end());
 
-    uint64_t buffer = 0, plain = 0, scratch = 0;
+    uint64_t buffer = 0, plain = 0, scratch = 0, kept = 0;
     std::vector<Plan::Row> graphs;
     for_each_largest_graph(caches, params, [&](const auto & shape) {
         typename std::decay_t<decltype(shape)>::Graph graph(max_graph_nodes(target, drafter));
@@ -147,6 +147,8 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
         }
         plain = std::max(plain, bytes);
         scratch = std::max(scratch, product_scratch(graph.gf));
+        graph.trim();
+        kept = std::max(kept, max_graphs * graph.n_bytes());
         const char * name = shape_name(shape);
         const auto same = std::find_if(graphs.begin(), graphs.end(), [&](auto & g) { return g.name == name; });
         if (same == graphs.end()) {
@@ -163,6 +165,7 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
     } else {
         add("work memory of the backend", scratch + assumed_cpu, PF_ROW_ASSUMED);
     }
+    add(kept_graphs_row, kept, site.on_cuda ? PF_ROW_ASIDE : PF_ROW_ASSUMED);
     plan.rows.insert(plan.rows.end(), graphs.begin(), graphs.end());
 
     for (const Plan::Row & row : plan.rows) {

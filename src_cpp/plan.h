@@ -51,6 +51,9 @@ Plan make_plan(const Target & target, const Drafter * drafter, const pf_session_
 // The same, where it fits; throws PF_ERR_MEMORY with the table and what would fit.
 Plan require_plan(const Target & target, const Drafter * drafter, const pf_session_params & params);
 
+// Graphs that are kept for shapes to come again: planned for as many as may be, of the largest.
+constexpr const char * kept_graphs_row = "kept graphs, on the host";
+
 // The rows of a session's caches, planned or allocated.
 std::vector<Plan::Row> cache_rows(const Caches & caches);
 

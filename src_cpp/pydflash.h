@@ -220,7 +220,7 @@ typedef struct pf_counters {
 
 enum {
     PF_ROW_COUNTED = 0, /* of our own buffers: what is allocated, to the byte */
-    PF_ROW_ASSUMED = 1, /* of what others keep, which can only be estimated; part of the total too */
+    PF_ROW_ASSUMED = 1, /* of what others keep, and of graphs kept: estimated, or a bound; part of the total too */
     PF_ROW_ASIDE = 2    /* not part of the total: a graph's share of the compute buffer, the memory of another device */
 };
 #define PF_MAX_ROWS 24

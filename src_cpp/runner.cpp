@@ -37,6 +37,7 @@ int32_t * Runner::host(const ggml_tensor * index) {
 std::vector<Plan::Row> Runner::memory() const {
     std::vector<Plan::Row> rows = cache_rows(caches_);
     rows.push_back({"compute buffer", PF_ROW_COUNTED, compute_.buffer_bytes()});
+    rows.push_back({kept_graphs_row, PF_ROW_ASSUMED, compute_.graphs_bytes()});
     return rows;
 }
 

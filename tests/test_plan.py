@@ -24,11 +24,17 @@ OURS = (
     "drafter K/V ring",
     "compute buffer",
 )
+GRAPHS = "kept graphs, on the host"
 
 
 def ours(p: Plan) -> dict[str, int]:
     """The rows of a session's own buffers, in bytes."""
     return {row.name: row.n_bytes for row in p.rows if row.name in OURS}
+
+
+def buffers(session: pydflash.Session) -> dict[str, int]:
+    """The same of what a session has; graphs come with use."""
+    return {name: n for name, n in session.memory.items() if name != GRAPHS}
 
 
 # ---- the plan is what is allocated -------------------------------------------------------------------------------
@@ -52,13 +58,13 @@ def test_planned_is_allocated(tiny_target: Path, tiny_draft: Path, drafted: bool
     planned = plan(tiny_target, draft, device="cpu", **options)
     with pydflash.Session(tiny_target, draft, device="cpu", n_threads=1, **options) as session:
         assert session.plan.rows == planned.rows
-        assert session.memory == ours(planned)
+        assert buffers(session) == ours(planned)
         room = session.n_ctx // 2
         if room > 4:  # prefill in several chunks, then every way of decoding that the session has made room for
             for budget in {0, planned.budget if drafted else 0}:
                 for chain in (False, True):
                     session.generate(range(32, 32 + room), max_tokens=8, budget=budget, chain=chain, temperature=0.5)
-        assert session.memory == ours(planned), "running took more than was planned"
+        assert buffers(session) == ours(planned), "running took more than was planned"
 
 
 def test_every_layer_kind(tmp_path: Path) -> None:
@@ -69,7 +75,7 @@ def test_every_layer_kind(tmp_path: Path) -> None:
         assert ours(planned)[row] == 0
         with pydflash.Session(target, n_threads=1) as session:
             session.generate(range(20), max_tokens=4)
-            assert session.memory == ours(planned)
+            assert buffers(session) == ours(planned)
 
 
 def test_a_larger_budget_than_planned_takes_more(tiny_target: Path, tiny_draft: Path) -> None:
@@ -77,6 +83,19 @@ def test_a_larger_budget_than_planned_takes_more(tiny_target: Path, tiny_draft: 
         before = session.memory
         session.generate(range(20), max_tokens=4, budget=40)
         assert session.memory["tree scratch"] > before["tree scratch"]
+
+
+def test_kept_graphs_stay_below_what_is_planned(tiny_target: Path, tiny_draft: Path) -> None:
+    """Each has a context of whole pages that it fills, and the oldest go: more than are kept are built here."""
+    with pydflash.Session(tiny_target, tiny_draft, n_ctx=256, n_threads=1, device="cpu") as session:
+        assert session.memory[GRAPHS] == 0
+        for budget in range(1, 64):
+            session.reset()
+            session.generate(range(20), max_tokens=budget + 2, budget=budget, ignore_eos=True)
+        assert session.counters.graphs_built > 64
+        planned = {row.name: row.n_bytes for row in session.plan.rows}[GRAPHS]
+        assert planned / 8 < session.memory[GRAPHS] <= planned
+        assert session.memory[GRAPHS] % 4096 == 0
 
 
 # ---- sizes from the definition -----------------------------------------------------------------------------------
