@@ -25,6 +25,7 @@
 namespace {
 
 constexpr int kRows = 16;           // summed at a time
+constexpr int kSoon = 256;          // bytes ahead in a row, fetched into the first-level cache
 constexpr int64_t kFew = 64;        // columns
 constexpr int64_t kSmall = 1 << 22; // products: below, a barrier would cost more than it shares out
 
@@ -111,8 +112,19 @@ struct Columns {
 
 // ---- a tile ------------------------------------------------------------------------------------------------------
 
-// sums[c][r / 4]: rows r to r + 3 times column c, by quarters. `fetch`: as many bytes of a later tile, which come in the
-// meantime at the speed of memory; else every row's beginning would be waited for.
+// Rows that a later turn multiplies, of which some are fetched meanwhile: they come at the speed of memory, where else every
+// row's beginning would be waited for.
+struct Fetch {
+    const char * rows;
+    int first, last;
+
+    // What to fetch while row r is multiplied.
+    const char * beside(int r, const char * const * row) const {
+        return rows && first <= r && r < last ? rows + (row[r] - row[0]) : nullptr;
+    }
+};
+
+// sums[c][r / 4]: rows r to r + 3 times column c, by quarters.
 template <class F, int rows, int columns>
 void multiply_tile(const char * const * row, const char * fetch, const typename F::Column * x, int64_t stride,
                    int64_t k, __m512 (*sums)[kRows / 4]) {
@@ -126,8 +138,10 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
     }
     int64_t at = 0;
     for (int64_t i = 0; i < k; i += F::n, at += F::n_bytes) {
-        for (int b = 0; b < rows * F::n_bytes; b += 64, fetch += 64) {
-            _mm_prefetch(fetch, _MM_HINT_T1);
+        if (fetch) {
+            for (int b = 0; b < rows * F::n_bytes; b += 64, fetch += 64) {
+                _mm_prefetch(fetch, _MM_HINT_T1);
+            }
         }
         __m512 column[columns];
 #pragma GCC unroll 8
@@ -137,6 +151,7 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
             const __m512 weights = F::weights(row[r] + at);
+            _mm_prefetch(row[r] + at + kSoon, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int c = 0; c < columns; ++c) {
                 sum[c][r] = F::multiply(sum[c][r], weights, column[c]);
@@ -154,12 +169,12 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
 
 // Up to kRows rows times so many columns.
 template <class F, int columns>
-void multiply_columns(int n, const char * const * row, const char * fetch, const Columns<F> & x, int64_t first,
-                      float * dst, int64_t ldd) {
+void multiply_columns(int n, const char * const * row, Fetch fetch, const Columns<F> & x, int64_t first, float * dst,
+                      int64_t ldd) {
     constexpr int rows = columns <= 3 ? 8 : 4;
     __m512 sums[columns][kRows / 4];
     for (int r = 0; r < n; r += rows) {
-        multiply_tile<F, rows, columns>(row + r, fetch + (row[r] - row[0]), x.data + first * x.stride, x.stride, x.k,
+        multiply_tile<F, rows, columns>(row + r, fetch.beside(r, row), x.data + first * x.stride, x.stride, x.k,
                                         (__m512(*)[kRows / 4])(sums[0] + r / 4));
     }
     const __mmask16 which = (__mmask16) ((1u << n) - 1);
@@ -169,8 +184,8 @@ void multiply_columns(int n, const char * const * row, const char * fetch, const
 }
 
 template <class F, int columns = F::max_columns>
-void multiply_last(int n_columns, int n, const char * const * row, const Columns<F> & x, const char * fetch,
-                   int64_t first, float * dst, int64_t ldd) {
+void multiply_last(int n_columns, int n, const char * const * row, const Columns<F> & x, Fetch fetch, int64_t first,
+                   float * dst, int64_t ldd) {
     if constexpr (columns > 0) {
         if (n_columns == columns) {
             multiply_columns<F, columns>(n, row, fetch, x, first, dst, ldd);
@@ -221,8 +236,9 @@ void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
         for (int r = 0; r < kRows; ++r) {
             rows[r] = row(i * kRows + r);
         }
-        const char * fetch = next < groups.end ? row(next * kRows) : rows[0];
-        for (int64_t c = 0; c < x.n; c += F::max_columns, fetch = rows[0]) {
+        // With columns for two turns or more, half in the first and half in the second.
+        Fetch fetch{next < groups.end ? row(next * kRows) : nullptr, 0, x.n <= F::max_columns ? kRows : kRows / 2};
+        for (int64_t c = 0; c < x.n; c += F::max_columns, fetch.first = fetch.last, fetch.last += kRows / 2) {
             multiply_last<F>((int) std::min<int64_t>(F::max_columns, x.n - c),
                              (int) std::min<int64_t>(kRows, dst->ne[0] - i * kRows), rows, x, fetch, c,
                              row_of(dst, c) + i * kRows, dst->nb[1] / sizeof(float));
