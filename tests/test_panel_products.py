@@ -1,5 +1,5 @@
-"""Products of weights with a few columns (panel-gemm.h, float-gemm.cpp) against float64: weights as gguf unpacks them,
-columns rounded as the type asks for; the same bits for any number of threads and, of floats, beside any columns."""
+"""Products of weights with a few columns (float-gemm.cpp, kquant-gemm.cpp) against float64: weights as gguf unpacks
+them, columns rounded as the type asks for; the same bits for any number of threads and beside any columns."""
 
 from __future__ import annotations
 
@@ -61,11 +61,12 @@ def test_products_are_those_of_float64(ggml: Ggml, name: str) -> None:
         assert (found[0] == found[1]).all()
 
 
-@pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
+@pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 256), (8, 32), (15, 272), (17, 2048), (300, 512), (1000, 96)])
-def test_a_column_of_floats_has_its_bits_alone_and_in_any_company(ggml: Ggml, name: str, n_rows: int, k: int) -> None:
+def test_a_column_has_its_bits_alone_and_in_any_company(ggml: Ggml, name: str, n_rows: int, k: int) -> None:
     """Products small enough to be shared out beforehand, and larger ones; columns that do not follow each other."""
     kind = gguf.GGMLQuantizationType[name]
+    k = -(-k // 256) * 256 if name.endswith("_K") else k
     random = np.random.RandomState(2)
     weights = quantised(random.standard_normal((n_rows, k)).astype(np.float32), kind)
     exact = gguf.quants.dequantize(weights, kind).astype(np.float64)
@@ -83,6 +84,33 @@ def test_a_column_of_floats_has_its_bits_alone_and_in_any_company(ggml: Ggml, na
     expected = columns_of(x[:, k:], name) @ exact.T
     size = np.linalg.norm(x[:, k:], axis=1)[:, None] * np.linalg.norm(exact, axis=1)
     assert (np.abs(plain - expected) <= 2e-6 * size).all()
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
+@pytest.mark.parametrize("code", [0x00, 0xFF])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_largest_codes_and_scales_are_summed_exactly(ggml: Ggml, name: str, code: int, sign: int) -> None:
+    """Blocks of all ones in every byte, or all zeros but for the scales: sums at the end of what 16 bits hold."""
+    kind = gguf.GGMLQuantizationType[name]
+    blocks = np.full((N_ROWS, K // 256, lib.pf_row_size(kind, 256)), code, np.uint8)
+    number = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    if name == "Q6_K":
+        blocks[:, :, 192:208] = 0x7F + (np.arange(N_ROWS) % 2)[:, None, None]  # scales of 127 and -128
+        blocks[:, :, 208:] = number
+    else:
+        blocks[:, :, :4] = np.tile(number, 2)
+        blocks[:, :, 4:16] = 0xFF
+    weights = blocks.reshape(N_ROWS, -1)
+    exact = gguf.quants.dequantize(weights, kind).astype(np.float64)
+    x = sign * np.full((9, K), 3.0, np.float32)
+    x[1::2] *= np.where(np.arange(K) % 32 < 16, 1, -1)
+    for n in (1, 2, 3, 4, 9):
+        with ggml.graph() as graph:
+            product = graph.op("ggml_mul_mat", graph.packed(kind, weights, N_ROWS, K), graph.tensor(x[:n]))
+            graph.compute(product)
+            found = graph.read(product, n, N_ROWS)
+        size = np.abs(x[:n]) @ np.abs(exact).T
+        assert (np.abs(found - columns_of(x[:n], name) @ exact.T) <= 1e-6 * size + 1e-9).all()
 
 
 def test_a_column_that_is_no_number_stays_alone(ggml: Ggml) -> None:

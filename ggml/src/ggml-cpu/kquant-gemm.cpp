@@ -1,35 +1,48 @@
-// K-quantised weights in panel-gemm.h: Q4_K, Q5_K and Q6_K, on AVX-512 VNNI.
+// Products of Q4_K, Q5_K and Q6_K weights with any number of columns, on AVX-512 VNNI.
 //
-// Columns are quantised to Q8_K's numbers; a vector of a panel holds 4 consecutive k of a column in each lane, and dpbusd
-// takes it with 4 weights of one row in all lanes. A sub-block's min costs a product with the sum of a column's codes.
+// k lies across the lanes: 4 vectors of a row's codes, unpacked in registers (kquant-rows.h), meet those of every column, and
+// the integers of 4 rows and 4 columns are summed while they are transposed. Only then are they floats, one for a row's block
+// and a column, so an element of the product has its bits whatever stands beside it: a plain step, a tree and a prompt get
+// the same.
 //
-// Bytes moved: weights once, at 4.5 (Q4_K), 5.5 (Q5_K), 6.56 (Q6_K) bits each. Bound: dpbusd, 64 products each; scales and
-// mins take another quarter, unpacking for 16 columns a sixth.
+// Columns are quantised to Q8_K's numbers. Bytes moved: weights once, at 4.5 (Q4_K), 5.5 (Q5_K), 6.56 (Q6_K) bits each.
+// Bound: 64 products a dpbusd, which is two thirds of what a column takes; unpacking a row is worth 2 to 4 columns.
 //
 // Refuses nothing: what it does not do it leaves to upstream.
 #include "panel-products.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
-#define GGML_COMMON_DECL_CPP
-#include "ggml-common.h"
-#include "panel-gemm.h"
+#include "ggml-cpu-impl.h"
+#include "ggml-impl.h"
+#include "kquant-rows.h"
+#include "tree-work.h"
 
-static_assert(QK_K == kBlock, "a block of k is a super-block");
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 namespace {
 
+constexpr int kRows = 16;           // that a thread takes at a time
+constexpr int kQuads = 16;          // of columns, that meet them at a time
+constexpr int64_t kFew = 64;        // columns
+constexpr int64_t kSmall = 1 << 22; // products: below, a barrier would cost more than it shares out
+
 // ---- columns -----------------------------------------------------------------------------------------------------
 
-// One block of k of up to 16 columns. With only 8 columns a row of codes is 8 * 4 bytes long, and so for sums and d.
-struct Codes {
-    alignas(64) int8_t codes[QK_K / 4 * 16 * 4]; // [k / 4][column][4]
-    alignas(64) int16_t sums[QK_K / 16 * 16];    // [sub-block / 2][column][2] of the codes of a sub-block
-    alignas(64) float d[16];
+// One block of 4 columns.
+template <class T>
+struct Quad {
+    alignas(64) int8_t codes[4][QK_K]; // where T::place says
+    alignas(64) float d[4][4];         // [column][any]
+    // For mins: the sums of the codes of 32 k. Else where the sum of a lane begins: at T::zero times the sum of its codes.
+    alignas(64) std::conditional_t<T::mins, int16_t[4][8], int32_t[4][16]> aside;
 };
 
-// Q8_K's numbers for x [QK_K], as quantize_row_q8_K_ref has them.
-float quantise(const float * x, int8_t * codes, int16_t * sums16) {
+// Q8_K's numbers for x [QK_K], as quantize_row_q8_K_ref has them. Returns d.
+template <class T>
+float quantise(const float * x, int8_t * codes) {
     __m512 v[QK_K / 16];
     __m512 amax = _mm512_setzero_ps();
     for (int i = 0; i < QK_K / 16; ++i) {
@@ -39,7 +52,6 @@ float quantise(const float * x, int8_t * codes, int16_t * sums16) {
     const float largest = _mm512_reduce_max_ps(amax);
     if (!(largest > 0.0f)) {
         memset(codes, 0, QK_K);
-        memset(sums16, 0, QK_K / 16 * sizeof *sums16);
         return 0.0f;
     }
     float max = largest; // with the sign of the first that is as large
@@ -52,224 +64,310 @@ float quantise(const float * x, int8_t * codes, int16_t * sums16) {
     }
     const float inverse = -127.0f / max;
     for (int i = 0; i < QK_K / 16; ++i) {
-        const __m512i q =
-            _mm512_min_epi32(_mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse))), _mm512_set1_epi32(127));
-        _mm_storeu_si128((__m128i *) (codes + 16 * i), _mm512_cvtepi32_epi8(q));
-        sums16[i] = (int16_t) _mm512_reduce_add_epi32(q);
+        const __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(v[i], _mm512_set1_ps(inverse)));
+        int8_t bytes[16];
+        _mm_storeu_si128((__m128i *) bytes, _mm512_cvtepi32_epi8(_mm512_min_epi32(q, _mm512_set1_epi32(127))));
+        for (int j = 0; j < 16; j += T::together) {
+            memcpy(codes + T::place(16 * i + j), bytes + j, T::together);
+        }
     }
     return 1.0f / inverse;
 }
 
-// Block kb of columns [first, first + n) of src1 into the panel, as `width` columns; `sub`: k of a sub-block.
-void fill_panel(const ggml_tensor * src1, int64_t kb, int64_t first, int n, int width, int sub, Codes * panel) {
-    const int n_sub = QK_K / sub;
-    for (int c = 0; c < width; ++c) {
-        alignas(64) int8_t codes[QK_K];
-        int16_t sums16[QK_K / 16];
+// Block kb of columns [first, first + n) of src1.
+template <class T>
+void fill(const ggml_tensor * src1, int64_t kb, int64_t first, int n, Quad<T> & to) {
+    for (int c = 0; c < 4; ++c) {
+        float d = 0.0f;
         if (c < n) {
-            panel->d[c] = quantise(row_of(src1, first + c) + kb * QK_K, codes, sums16);
+            d = quantise<T>(row_of(src1, first + c) + kb * QK_K, to.codes[c]);
         } else {
-            memset(codes, 0, sizeof codes);
-            memset(sums16, 0, sizeof sums16);
-            panel->d[c] = 0.0f;
+            memset(to.codes[c], 0, QK_K);
         }
-        for (int g = 0; g < QK_K / 4; ++g) {
-            memcpy(panel->codes + (g * width + c) * 4, codes + 4 * g, 4);
+        _mm_store_ps(to.d[c], _mm_set1_ps(d));
+        __m512i sums = _mm512_setzero_si512();
+        for (int i = 0; i < 4; ++i) {
+            sums = _mm512_dpbusd_epi32(sums, _mm512_set1_epi8(1), _mm512_load_si512(to.codes[c] + 64 * i));
         }
-        for (int s = 0; s < n_sub; ++s) {
-            const int16_t sum = sub == 16 ? sums16[s] : (int16_t) (sums16[2 * s] + sums16[2 * s + 1]);
-            panel->sums[((s / 2) * width + c) * 2 + s % 2] = sum;
+        if constexpr (T::mins) {
+            sums = _mm512_add_epi32(sums, _mm512_srli_epi64(sums, 32));
+            _mm_store_si128((__m128i *) to.aside[c], _mm512_cvtepi64_epi16(sums));
+        } else {
+            _mm512_store_si512(to.aside[c], _mm512_mullo_epi32(sums, _mm512_set1_epi32(T::zero)));
         }
     }
 }
 
-// ---- weights -----------------------------------------------------------------------------------------------------
+// ---- sums of lanes -----------------------------------------------------------------------------------------------
 
-// One block of a few rows, unpacked: the weight is d * scale * code - dmin * min, and a sub-block's min times the sum of
-// a column's codes is all that the min costs.
-struct Rows {
-    alignas(64) uint8_t codes[kRows][QK_K];
-    alignas(64) int32_t scales[kRows][16];
-    alignas(64) int16_t mins[kRows][16];
-    float d[kRows], dmin[kRows];
-};
-
-struct Q4 {
-    using Block = block_q4_K;
-    static constexpr int sub = 32;
-    static constexpr bool exact_min = false;
-};
-struct Q5 {
-    using Block = block_q5_K;
-    static constexpr int sub = 32;
-    static constexpr bool exact_min = false;
-};
-struct Q6 { // codes of 0 to 63 stand for -32 to 31: a min of 32 scales, taken off in integers
-    using Block = block_q6_K;
-    static constexpr int sub = 16;
-    static constexpr bool exact_min = true;
-};
-
-// The 6-bit scales and mins of Q4_K and Q5_K.
-void unpack_scales(const uint8_t * packed, int32_t * scales, int16_t * mins) {
-    uint32_t word[3];
-    memcpy(word, packed, sizeof word);
-    const uint64_t low_scales = word[0] & 0x3f3f3f3f, low_mins = word[1] & 0x3f3f3f3f;
-    const uint64_t high_scales = (word[2] & 0x0f0f0f0f) | (word[0] >> 6 & 0x03030303) << 4;
-    const uint64_t high_mins = (word[2] >> 4 & 0x0f0f0f0f) | (word[1] >> 6 & 0x03030303) << 4;
-    const __m128i s = _mm_cvtsi64_si128((long long) (low_scales | high_scales << 32));
-    const __m128i m = _mm_cvtsi64_si128((long long) (low_mins | high_mins << 32));
-    _mm256_store_si256((__m256i *) scales, _mm256_cvtepu8_epi32(s));
-    _mm_store_si128((__m128i *) mins, _mm_cvtepu8_epi16(m));
+// [2 of a, 2 of b]: quarters whose sum is that of all 4.
+inline __m512i halve(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_mask_blend_epi64(0xf0, a, b), _mm512_shuffle_i64x2(a, b, 0x4e));
 }
 
-void unpack(const block_q4_K & b, Rows & w, int r) {
-    w.d[r] = GGML_CPU_FP16_TO_FP32(b.data.data.d);
-    w.dmin[r] = GGML_CPU_FP16_TO_FP32(b.data.data.dmin);
-    unpack_scales(b.scales, w.scales[r], w.mins[r]);
-    const __m256i low = _mm256_set1_epi8(15);
-    for (int j = 0; j < QK_K / 64; ++j) {
-        const __m256i q = _mm256_loadu_si256((const __m256i *) (b.qs + 32 * j));
-        __m256i * to = (__m256i *) (w.codes[r] + 64 * j);
-        _mm256_store_si256(to, _mm256_and_si256(q, low));
-        _mm256_store_si256(to + 1, _mm256_and_si256(_mm256_srli_epi16(q, 4), low));
-    }
+// [a, a, b, b]: quarters 0 + 1 and 2 + 3 of each.
+inline __m512i add_quarters(__m512i a, __m512i b) {
+    return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-void unpack(const block_q5_K & b, Rows & w, int r) {
-    w.d[r] = GGML_CPU_FP16_TO_FP32(b.data.data.d);
-    w.dmin[r] = GGML_CPU_FP16_TO_FP32(b.data.data.dmin);
-    unpack_scales(b.scales, w.scales[r], w.mins[r]);
-    const __m256i low = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
-    const __m256i high = _mm256_loadu_si256((const __m256i *) b.qh);
-    for (int j = 0; j < QK_K / 64; ++j) {
-        const __m256i q = _mm256_loadu_si256((const __m256i *) (b.qs + 32 * j));
-        const auto fifth = [&](int bit) {
-            return _mm256_slli_epi16(_mm256_and_si256(_mm256_srli_epi16(high, bit), one), 4);
-        };
-        __m256i * to = (__m256i *) (w.codes[r] + 64 * j);
-        _mm256_store_si256(to, _mm256_or_si256(_mm256_and_si256(q, low), fifth(2 * j)));
-        _mm256_store_si256(to + 1, _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(q, 4), low), fifth(2 * j + 1)));
-    }
+// In every quarter [a, a, b, b]: lanes 0 + 1 and 2 + 3 of each.
+inline __m512i add_neighbours(__m512i a, __m512i b) {
+    const __m512 x = _mm512_castsi512_ps(a), y = _mm512_castsi512_ps(b);
+    return _mm512_add_epi32(_mm512_castps_si512(_mm512_shuffle_ps(x, y, 0x88)),
+                            _mm512_castps_si512(_mm512_shuffle_ps(x, y, 0xdd)));
 }
 
-void unpack(const block_q6_K & b, Rows & w, int r) {
-    w.d[r] = GGML_CPU_FP16_TO_FP32(b.d);
-    const __m128i scales = _mm_loadu_si128((const __m128i *) b.scales);
-    _mm512_store_si512(w.scales[r], _mm512_cvtepi8_epi32(scales));
-    _mm256_store_si256((__m256i *) w.mins[r], _mm256_cvtepi8_epi16(scales));
-    const __m256i low = _mm256_set1_epi8(15), two = _mm256_set1_epi8(48);
-    for (int j = 0; j < 2; ++j) {
-        const __m256i q0 = _mm256_loadu_si256((const __m256i *) (b.ql + 64 * j));
-        const __m256i q1 = _mm256_loadu_si256((const __m256i *) (b.ql + 64 * j + 32));
-        const __m256i h = _mm256_loadu_si256((const __m256i *) (b.qh + 32 * j));
-        __m256i * to = (__m256i *) (w.codes[r] + 128 * j);
-        const auto put = [&](int i, __m256i nibble, __m256i high) {
-            _mm256_store_si256(to + i, _mm256_or_si256(_mm256_and_si256(nibble, low), _mm256_and_si256(high, two)));
-        };
-        put(0, q0, _mm256_slli_epi16(h, 4));
-        put(1, q1, _mm256_slli_epi16(h, 2));
-        put(2, _mm256_srli_epi16(q0, 4), h);
-        put(3, _mm256_srli_epi16(q1, 4), _mm256_srli_epi16(h, 2));
-    }
+// In every quarter, lane i: the sum of the 4 lanes of v[i].
+inline __m512i sum_quarters(const __m512i * v) {
+    const auto pair = [](__m512i a, __m512i b) { // [2 of a, 2 of b]
+        return _mm512_add_epi32(_mm512_mask_blend_epi32(0xcccc, a, b), _mm512_alignr_epi8(b, a, 8));
+    };
+    return add_neighbours(pair(v[0], v[1]), pair(v[2], v[3]));
 }
 
 // ---- a tile ------------------------------------------------------------------------------------------------------
 
-// acc [kTile rows][ld] += rows [first, first + kTile) of w times the panel.
-template <class V, class T>
-void multiply(const Rows & w, int first, const Codes & panel, float * acc, int64_t ld) {
-    using Int = typename V::Int;
-    using Float = typename V::Float;
-    constexpr int n_sub = QK_K / T::sub;
-    Int total[kTile];
-    for (int r = 0; r < kTile; ++r) {
-        total[r] = V::zero();
+// A row's block times C columns, given the sums of products of every lane; what `finish` makes of 4 rows.
+template <class T, int C>
+inline __m512i scale(__m512i * sums, __m512i scales) {
+    if constexpr (T::narrow) { // [column of a pair][2] in every quarter
+        const __m512i ab = _mm512_madd_epi16(_mm512_packs_epi32(sums[0], sums[1]), scales);
+        const __m512i cd = _mm512_madd_epi16(_mm512_packs_epi32(sums[2], sums[3]), scales);
+        return C == 1 ? ab : halve(ab, C == 2 ? _mm512_setzero_si512() : cd);
     }
-    const int8_t * codes = panel.codes;
-    for (int s = 0; s < n_sub; ++s) {
-        Int sum[kTile];
-        for (int r = 0; r < kTile; ++r) {
-            sum[r] = V::zero();
-        }
-#pragma GCC unroll 8
-        for (int g = 0; g < T::sub / 4; ++g, codes += V::n * 4) {
-            const Int columns = V::load(codes);
-            for (int r = 0; r < kTile; ++r) {
-                sum[r] = V::dot8(sum[r], V::all(word_at(w.codes[first + r] + s * T::sub + g * 4)), columns);
+    for (int c = 0; c < C; ++c) {
+        sums[c] = _mm512_mullo_epi32(sums[c], scales);
+    }
+    return C == 1 ? sums[0] : add_quarters(halve(sums[0], sums[1]), halve(sums[2], sums[3]));
+}
+
+// [column][row]
+template <class T, int C>
+inline __m512i finish(const __m512i * rows) {
+    if (C == 1) { // in all quarters
+        const __m512i sum = sum_quarters(rows), two = _mm512_add_epi32(sum, _mm512_shuffle_i64x2(sum, sum, 0x4e));
+        return _mm512_add_epi32(two, _mm512_shuffle_i32x4(two, two, 0xb1));
+    }
+    if (T::narrow) { // [pair of rows][pair of columns][row][column]
+        const __m512i sum = add_quarters(add_neighbours(rows[0], rows[1]), add_neighbours(rows[2], rows[3]));
+        return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 2, 8, 10, 1, 3, 9, 11, 4, 6, 12, 14, 5, 7, 13, 15), sum);
+    }
+    return sum_quarters(rows);
+}
+
+// The mins of 4 rows times the sums of C columns, [column][row].
+template <class T, int C>
+inline __m512i multiply_mins(const typename T::Head & head, const Quad<T> & x) {
+    if (C == 1) {
+        const __m512i sum = _mm512_madd_epi16(head.mins, kquant::quarter(x.aside[0]));
+        const __m512i two = _mm512_add_epi32(sum, _mm512_shuffle_epi32(sum, _MM_PERM_BADC));
+        const __m512i one = _mm512_add_epi32(two, _mm512_shuffle_epi32(two, _MM_PERM_CDAB));
+        return _mm512_permutexvar_epi32(_mm512_set4_epi32(12, 8, 4, 0), one);
+    }
+    alignas(64) int16_t mins[4][8];
+    _mm512_store_si512(mins, head.mins);
+    __m512i rows[4];
+    for (int r = 0; r < 4; ++r) {
+        rows[r] = _mm512_madd_epi16(kquant::quarter(mins[r]), _mm512_load_si512(x.aside));
+    }
+    return sum_quarters(rows);
+}
+
+// sums[r]: the block of row r, of 2, times C columns. Two rows, since every column is loaded for both.
+template <class T, int C>
+__attribute__((always_inline)) inline void multiply_quad(const __m512i codes[2][4], const __m512i * scales,
+                                                         const Quad<T> & x, __m512i * sums) {
+    __m512i dots[2][4];
+    for (int c = 0; c < 4; ++c) {
+        dots[0][c] = dots[1][c] = _mm512_setzero_si512();
+        if constexpr (!T::mins) {
+            if (c < C) {
+                dots[0][c] = dots[1][c] = _mm512_load_si512(x.aside[c]);
             }
         }
-        for (int r = 0; r < kTile; ++r) {
-            total[r] = V::add(total[r], V::mul(sum[r], V::all(w.scales[first + r][s])));
+    }
+    for (int i = 0; i < 4; ++i) {
+        for (int c = 0; c < C; ++c) {
+            const __m512i column = _mm512_load_si512(x.codes[c] + 64 * i);
+            dots[0][c] = _mm512_dpbusd_epi32(dots[0][c], codes[0][i], column);
+            dots[1][c] = _mm512_dpbusd_epi32(dots[1][c], codes[1][i], column);
         }
     }
-    const Float d = V::load_real(panel.d);
-    for (int r = 0; r < kTile; ++r) {
-        Int mins = V::zero();
-        for (int p = 0; p < n_sub / 2; ++p) {
-            mins = V::dot16(mins, V::all(word_at(w.mins[first + r] + 2 * p)), V::load(panel.sums + p * V::n * 2));
+    sums[0] = scale<T, C>(dots[0], scales[0]);
+    sums[1] = scale<T, C>(dots[1], scales[1]);
+}
+
+// acc [column][row] += a block of 4 rows times C columns.
+template <class T, int C>
+inline void add(const typename T::Head & head, const __m512i * sums, const Quad<T> & x, __m512 & acc) {
+    __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(finish<T, C>(sums)), head.d);
+    if constexpr (T::mins) {
+        value = _mm512_fnmadd_ps(_mm512_cvtepi32_ps(multiply_mins<T, C>(head, x)), head.dmin, value);
+    }
+    acc = _mm512_fmadd_ps(value, _mm512_load_ps(x.d), acc);
+}
+
+// acc [n / 4][n_quads][column][row] = n rows times n_quads of columns x [n_blocks][n_quads], with C in the last. `fetch`: as
+// many bytes of later rows, which come in the meantime at the speed of memory (6 GB/s instead of 25 if every row's block is
+// waited for).
+template <class T, int C>
+void multiply_rows(const typename T::Block * const * rows, int n, const char * fetch, const Quad<T> * x,
+                   int64_t n_blocks, int n_quads, __m512 * acc) {
+    std::fill(acc, acc + n / 4 * n_quads, _mm512_setzero_ps());
+    const int last = n_quads - 1;
+    for (int64_t kb = 0; kb < n_blocks; ++kb, x += n_quads) {
+        __m512 * to = acc;
+        for (int first = 0; first < n; first += 4, to += n_quads) {
+            for (size_t i = 0; i < 4 * sizeof(typename T::Block); i += 64) {
+                _mm_prefetch(fetch + i, _MM_HINT_T1);
+            }
+            fetch += 4 * sizeof(typename T::Block);
+            const typename T::Block * b[4];
+            for (int r = 0; r < 4; ++r) {
+                b[r] = rows[first + r] + kb;
+            }
+            const typename T::Head head(b);
+            __m512i sums[kQuads][4];
+            for (int r = 0; r < 4; r += 2) {
+                __m512i codes[2][4];
+                T::unpack(*b[r], codes[0]);
+                T::unpack(*b[r + 1], codes[1]);
+                const __m512i scales[2] = {head.scales(*b[r], r), head.scales(*b[r + 1], r + 1)};
+                for (int q = 0; q < last; ++q) {
+                    multiply_quad<T, 4>(codes, scales, x[q], sums[q] + r);
+                }
+                multiply_quad<T, C>(codes, scales, x[last], sums[last] + r);
+            }
+            for (int q = 0; q < last; ++q) {
+                add<T, 4>(head, sums[q], x[q], to[q]);
+            }
+            add<T, C>(head, sums[last], x[last], to[last]);
         }
-        Float value;
-        if constexpr (T::exact_min) {
-            value = V::mul(V::real(V::sub_32(total[r], mins)), V::all(w.d[first + r]));
-        } else {
-            value = V::sub_product(V::mul(V::real(total[r]), V::all(w.d[first + r])), V::real(mins),
-                                   V::all(w.dmin[first + r]));
-        }
-        float * to = acc + r * ld;
-        V::store(to, V::add_product(V::load_real(to), value, d));
     }
 }
 
-// A format of panel-gemm.h.
-template <class T>
-struct KQuant {
-    using Panel = Codes;
-    using Weights = Rows;
-    static void fill_panel(const ggml_tensor * src1, int64_t kb, int64_t first, int n, int width, Panel * panel) {
-        ::fill_panel(src1, kb, first, n, width, T::sub, panel);
+// ---- the product -------------------------------------------------------------------------------------------------
+
+struct Shape {
+    int64_t n_blocks, n_quads;
+    bool small; // shared out beforehand, every thread with columns of its own
+
+    explicit Shape(const ggml_tensor * dst) {
+        n_blocks = dst->src[0]->ne[0] / QK_K;
+        n_quads = (dst->ne[1] + 3) / 4;
+        small = dst->ne[1] <= kFew && ggml_nelements(dst) * dst->src[0]->ne[0] <= kSmall;
     }
-    static void unpack(const char * row, int64_t kb, Weights & w, int r) {
-        ::unpack(((const typename T::Block *) row)[kb], w, r);
-    }
-    template <class V>
-    static void multiply(const Weights & w, int first, const Panel & panel, float * acc, int64_t ld) {
-        ::multiply<V, T>(w, first, panel, acc, ld);
-    }
+    size_t columns_size() const { return n_blocks * n_quads * sizeof(Quad<kquant::Q6>); } // the largest
 };
+
+// Rows [first, first + n), n <= kRows; columns [n_quads / kQuads][n_blocks][kQuads or the rest].
+template <class T>
+void multiply_group(ggml_tensor * dst, const Shape & shape, const Quad<T> * columns, int64_t first, int n,
+                    const char * fetch) {
+    using Block = typename T::Block;
+    const Block * rows[kRows];
+    for (int r = 0; r < kRows; ++r) { // beyond the last row: the last again
+        rows[r] = (const Block *) row_of(dst->src[0], first + std::min(r, n - 1));
+    }
+    const int padded = (int) pad(n, 4);
+    for (int64_t q = 0; q < shape.n_quads; q += kQuads, fetch = (const char *) rows[0]) {
+        const int n_quads = (int) std::min<int64_t>(kQuads, shape.n_quads - q);
+        const int n_columns = (int) std::min<int64_t>(4 * kQuads, dst->ne[1] - 4 * q);
+        __m512 acc[kRows / 4 * kQuads];
+        const auto multiply = [&](auto go) {
+            go(rows, padded, fetch, columns + q * shape.n_blocks, shape.n_blocks, n_quads, acc);
+        };
+        switch (n_columns % 4) {
+        case 0:
+            multiply(multiply_rows<T, 4>);
+            break;
+        case 1:
+            multiply(multiply_rows<T, 1>);
+            break;
+        case 2:
+            multiply(multiply_rows<T, 2>);
+            break;
+        default:
+            multiply(multiply_rows<T, 3>);
+        }
+        for (int c = 0; c < n_columns; ++c) {
+            float * to = row_of(dst, 4 * q + c) + first;
+            for (int r = 0; r < n; r += 4) {
+                const __m128 four = _mm_load_ps((const float *) (acc + r / 4 * n_quads) + 4 * c);
+                _mm_mask_storeu_ps(to + r, (__mmask8) ((1 << std::min(4, n - r)) - 1), four);
+            }
+        }
+    }
+}
+
+// Rows go to threads by 16. Of a large product everybody takes what is next.
+template <class T>
+void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
+    const Shape shape(dst);
+    const size_t size = shape.columns_size();
+    auto * columns = (Quad<T> *) (shape.small ? scratch_of(params, size) : shared_scratch(params, size)).base;
+    const int64_t n_fills = shape.n_quads * shape.n_blocks, n_groups = (dst->ne[0] + kRows - 1) / kRows;
+    const Range fills = shape.small ? Range{0, n_fills} : thread_share(params, n_fills);
+    for (int64_t i = fills.begin; i < fills.end; ++i) {
+        const int64_t q = i / shape.n_blocks, kb = i % shape.n_blocks, begin = q / kQuads * kQuads;
+        const int64_t n = std::min<int64_t>(kQuads, shape.n_quads - begin);
+        fill<T>(dst->src[1], kb, 4 * q, (int) std::min<int64_t>(4, dst->ne[1] - 4 * q),
+                columns[begin * shape.n_blocks + kb * n + q - begin]);
+    }
+    Range groups{params->ith, n_groups};
+    if (shape.small) {
+        groups = thread_share(params, n_groups);
+    } else {
+        if (params->ith == 0) {
+            ggml_threadpool_chunk_set(params->threadpool, params->nth);
+        }
+        ggml_barrier(params->threadpool);
+    }
+    for (int64_t i = groups.begin; i < groups.end;) {
+        const int64_t next = shape.small ? i + 1 : ggml_threadpool_chunk_add(params->threadpool, 1);
+        multiply_group<T>(dst, shape, columns, i * kRows, (int) std::min<int64_t>(kRows, dst->ne[0] - i * kRows),
+                          (const char *) row_of(dst->src[0], std::min(next, n_groups - 1) * kRows));
+        i = next;
+    }
+}
 
 } // namespace
 
-size_t ggml_kquant_panels_work_size(int n_tasks, const ggml_tensor * dst) {
-    const ggml_type type = dst->src[0]->type;
-    const bool ours = type == GGML_TYPE_Q4_K || type == GGML_TYPE_Q5_K || type == GGML_TYPE_Q6_K;
-    return ours && panels_fit(dst) ? panel_work_size<KQuant<Q4>>(n_tasks, dst) : 0; // all are of one size
+size_t ggml_kquant_products_work_size(int n_tasks, const ggml_tensor * dst) {
+    const ggml_tensor *src0 = dst->src[0], *src1 = dst->src[1];
+    const bool ours = src0->type == GGML_TYPE_Q4_K || src0->type == GGML_TYPE_Q5_K || src0->type == GGML_TYPE_Q6_K;
+    if (!ours || src1->type != GGML_TYPE_F32 || src1->nb[0] != sizeof(float) || !ggml_is_matrix(src0) ||
+        !ggml_is_matrix(src1) || src0->nb[0] != ggml_type_size(src0->type)) {
+        return 0;
+    }
+    const Shape shape(dst);
+    return shape.columns_size() * (shape.small ? n_tasks : 1) + 64;
 }
 
-bool ggml_compute_forward_mul_mat_kquant_panels(const ggml_compute_params * params, ggml_tensor * dst) {
-    if (params->use_ref || ggml_kquant_panels_work_size(1, dst) == 0) {
+bool ggml_compute_forward_mul_mat_kquants(const ggml_compute_params * params, ggml_tensor * dst) {
+    if (params->use_ref || ggml_kquant_products_work_size(1, dst) == 0) {
         return false;
     }
     switch (dst->src[0]->type) {
     case GGML_TYPE_Q4_K:
-        multiply_panels<KQuant<Q4>>(params, dst);
+        multiply<kquant::Q4>(params, dst);
         break;
     case GGML_TYPE_Q5_K:
-        multiply_panels<KQuant<Q5>>(params, dst);
+        multiply<kquant::Q5>(params, dst);
         break;
     default:
-        multiply_panels<KQuant<Q6>>(params, dst);
+        multiply<kquant::Q6>(params, dst);
     }
     return true;
 }
 
 #else
 
-size_t ggml_kquant_panels_work_size(int, const ggml_tensor *) {
+size_t ggml_kquant_products_work_size(int, const ggml_tensor *) {
     return 0;
 }
 
-bool ggml_compute_forward_mul_mat_kquant_panels(const ggml_compute_params *, ggml_tensor *) {
+bool ggml_compute_forward_mul_mat_kquants(const ggml_compute_params *, ggml_tensor *) {
     return false;
 }
 

@@ -1,4 +1,4 @@
-// Matrix products of our own: Q4_K, Q5_K, Q6_K with 2 columns or more (kquant-gemm.cpp), F32, F16, BF16 with any number
+// Matrix products of our own, with any number of columns: Q4_K, Q5_K, Q6_K (kquant-gemm.cpp), F32, F16, BF16
 // (float-gemm.cpp). Where these say no (another type, a processor without AVX-512) upstream goes on.
 #pragma once
 
@@ -11,11 +11,11 @@ extern "C" {
 #endif
 
 // True if the product was computed.
-bool ggml_compute_forward_mul_mat_kquant_panels(const struct ggml_compute_params * params, struct ggml_tensor * dst);
+bool ggml_compute_forward_mul_mat_kquants(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 bool ggml_compute_forward_mul_mat_floats(const struct ggml_compute_params * params, struct ggml_tensor * dst);
 
 // Work memory that they need; 0 where they will not compute.
-size_t ggml_kquant_panels_work_size(int n_tasks, const struct ggml_tensor * dst);
+size_t ggml_kquant_products_work_size(int n_tasks, const struct ggml_tensor * dst);
 size_t ggml_float_products_work_size(int n_tasks, const struct ggml_tensor * dst);
 
 #ifdef __cplusplus
