@@ -6,8 +6,8 @@ ones.
     python scripts/measure_calibration.py --prompts 20
 
 A block is drafted at every position of greedy continuations of tests/data/heldout_prompts.json. Half of the prompts
-teach: every node that a tree of 32 visits there. On the other half both trees are grown from the same blocks at each
-budget, and followed along what the target says next; then the halves change places. Prompts whose continuation loops
+teach: every node that a tree of the budget visits there. On the other half both trees are grown from the same blocks,
+and followed along what the target says next; then the halves change places. Prompts whose continuation loops
 are left out. Prints a table: tokens a pass, their ratio with its standard error over prompts, and what the trees had
 promised of what they kept.
 """
@@ -32,7 +32,6 @@ from pydflash.bench.figures import loops
 
 BUDGETS = (4, 8, 15, 16, 32, 63)
 N_RANK = 64
-N_TAUGHT = 32  # nodes of the trees whose visited nodes teach
 
 
 class Block(NamedTuple):
@@ -91,11 +90,11 @@ def followed(tree: Tree, said: list[int]) -> list[int]:
     return path
 
 
-def taught(blocks: list[Block]) -> Any:
-    """The weights that a session would have learned from these."""
+def taught(blocks: list[Block], budget: int) -> Any:
+    """The weights that a session would have learned from these with trees of this budget."""
     depth, deviations, logp, chosen = [], [], [], []
     for block in blocks:
-        tree = grown(block, N_TAUGHT, ffi.NULL)
+        tree = grown(block, budget, ffi.NULL)
         path = followed(tree, block.said)
         for d, node in enumerate(path[: len(block.ids)]):
             (right,) = np.nonzero(block.ids[d] == block.said[d])
@@ -114,9 +113,9 @@ def compared(prompts: list[list[Block]]) -> list[list[object]]:
     kept = np.zeros((2, len(BUDGETS), len(prompts)))  # tokens a pass: raw, learned
     promised = np.zeros_like(kept)
     for half in (0, 1):
-        learned = taught([block for blocks in prompts[1 - half :: 2] for block in blocks])
-        for i in range(half, len(prompts), 2):
-            for b, budget in enumerate(BUDGETS):
+        for b, budget in enumerate(BUDGETS):
+            learned = taught([block for blocks in prompts[1 - half :: 2] for block in blocks], budget)
+            for i in range(half, len(prompts), 2):
                 for k, weights in enumerate((ffi.NULL, learned)):
                     trees = [grown(block, budget, weights) for block in prompts[i]]
                     paths = [followed(tree, block.said) for tree, block in zip(trees, prompts[i], strict=True)]

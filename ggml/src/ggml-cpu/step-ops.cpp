@@ -55,6 +55,8 @@ void ggml_compute_forward_block_mask(const ggml_compute_params * params, ggml_te
     const int64_t n_ring = dst->op_params[0];
     const int64_t window = dst->op_params[1] > 0 ? dst->op_params[1] : INT64_MAX;
     const bool causal = dst->op_params[2] != 0;
+    const int64_t n_held = std::min({n_ring, n_kv - block, n});
+    const int64_t newest = (n - 1) % n_ring, turn = n - 1 - newest; // slots up to the newest hold this turn's positions
 
     const Range share = thread_share(params, block);
     for (int64_t s = share.begin; s < share.end; ++s) {
@@ -64,8 +66,8 @@ void ggml_compute_forward_block_mask(const ggml_compute_params * params, ggml_te
             const int64_t behind = s - c;
             row[c] = behind < window && (causal ? behind >= 0 : -behind < window) ? kOpen : kClosed;
         }
-        for (int64_t r = 0; r < std::min(n_ring, n_kv - block) && r < n; ++r) {
-            const int64_t position = r + (n - 1 - r) / n_ring * n_ring;
+        for (int64_t r = 0; r < n_held; ++r) {
+            const int64_t position = r + (r <= newest ? turn : turn - n_ring);
             row[block + r] = n + s - position < window ? kOpen : kClosed;
         }
     }
