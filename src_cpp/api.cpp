@@ -295,7 +295,7 @@ int pf_session_get_costs(pf_session * session, pf_costs * out) {
     return pf::guard([&] {
         pf::require(session, "pf_session_get_costs: session must not be null");
         pf::check_result(out);
-        const pf::Costs::Row & row = session->session.costs();
+        const pf::Costs::Row row = session->session.costs();
         pf_costs costs = {};
         std::copy(pf::pass_sizes.begin(), pf::pass_sizes.end(), costs.n_nodes);
         std::copy(row.pass.begin(), row.pass.end(), costs.pass_ms);

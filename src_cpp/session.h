@@ -48,7 +48,7 @@ class Session {
     }
 
     // See pf_session_get_costs and pf_session_propose.
-    const Costs::Row & costs();
+    Costs::Row costs();
     const Experience & experience() const { return experience_; }
     void set_experience(const Experience & given) { experience_ = given; }
     void propose(const int32_t * ids, int32_t n);

@@ -81,7 +81,7 @@ void Session::get_ready_to_search() {
     }
 }
 
-const Costs::Row & Session::costs() {
+Costs::Row Session::costs() {
     require_settled("costs");
     require_pending("costs");
     reset_on_error([&] { measure_costs(); });

@@ -6,7 +6,9 @@
 namespace pf {
 namespace {
 
-constexpr int32_t n_counted = 16; // passes that a mean looks back on
+constexpr int32_t n_counted = 16;    // passes that a mean looks back on
+constexpr double n_fresh = 64;       // passes until what was seen then goes all the way along with plain passes
+constexpr int64_t kept_for = 1 << 9; // passes ago: what an earlier session saw
 
 // A mean that forgets, and that a single hiccup of the machine cannot carry far.
 double moved(double mean, double seen, int32_t n) {
@@ -24,80 +26,106 @@ int32_t Costs::row_of(int64_t n) {
 }
 
 void Costs::saw_pass(int32_t row, int32_t size, double ms) {
-    double & mean = rows_[row].pass[size];
-    int32_t & n = times_[row][size];
-    mean = moved(mean, ms, n);
-    n = std::min(n + 1, n_counted);
-    last_[row][size] = ++clock_;
+    Known & known = rows_[row].pass[size];
+    known.ms = moved(known.ms, ms, known.n);
+    known.n = std::min(known.n + 1, n_counted);
+    known.last = ++clock_;
+    known.plain = rows_[row].pass[0].ms;
 }
 
 void Costs::saw_draft(int32_t row, int32_t size, double ms) {
-    double & mean = rows_[row].draft[size];
-    mean = moved(mean, ms, mean > 0 ? n_counted : 0);
+    Known & known = rows_[row].draft[size];
+    known.ms = moved(known.ms, ms, known.ms > 0 ? n_counted : 0);
+    known.last = clock_;
+    known.plain = rows_[row].pass[0].ms;
+}
+
+Costs::Row Costs::row(int32_t row) const {
+    const double plain = rows_[row].pass[0].ms;
+    const auto now = [&](const Known & known) {
+        const double old = std::min(1.0, static_cast<double>(clock_ - known.last) / n_fresh);
+        return known.plain > 0 ? known.ms * (1 + old * (plain / known.plain - 1)) : known.ms;
+    };
+    Row out;
+    std::transform(rows_[row].pass.begin(), rows_[row].pass.end(), out.pass.begin(), now);
+    std::transform(rows_[row].draft.begin(), rows_[row].draft.end(), out.draft.begin(), now);
+    return out;
 }
 
 int32_t Costs::stalest(int32_t row, int32_t most, int64_t & age) const {
-    const auto & last = last_[row];
+    const auto & pass = rows_[row].pass;
     int32_t oldest = 0;
     for (int32_t i = 1; i < n_pass_sizes && pass_sizes[i] <= most; ++i) {
-        oldest = last[i] < last[oldest] ? i : oldest;
+        oldest = pass[i].last < pass[oldest].last ? i : oldest;
     }
-    age = clock_ - last[oldest];
+    age = clock_ - pass[oldest].last;
     return oldest;
 }
 
 // Straight lines between the sizes that were measured; beyond them on along the last.
 void Costs::fill(int32_t row) {
     auto & pass = rows_[row].pass;
+    const auto slope = [&](int32_t from, int32_t to) {
+        return (pass[to].ms - pass[from].ms) / (pass_sizes[to] - pass_sizes[from]);
+    };
     int32_t before = 0;
     for (int32_t i = 1; i < n_pass_sizes; ++i) {
-        if (times_[row][i] > 0) {
+        if (pass[i].n > 0) {
             before = i;
             continue;
         }
         int32_t after = i + 1;
-        while (after < n_pass_sizes && times_[row][after] == 0) {
+        while (after < n_pass_sizes && pass[after].n == 0) {
             ++after;
         }
-        double slope = pass[0]; // where nothing else is known, each node costs as much as one alone
+        double a_node = pass[0].ms; // where nothing else is known, each node costs as much as one alone
         if (after < n_pass_sizes) {
-            slope = (pass[after] - pass[before]) / (pass_sizes[after] - pass_sizes[before]);
+            a_node = slope(before, after);
         } else if (before > 0) {
-            slope = (pass[before] - pass[0]) / (pass_sizes[before] - 1);
+            a_node = slope(0, before);
         }
-        pass[i] = pass[before] + std::max(slope, 0.0) * (pass_sizes[i] - pass_sizes[before]);
+        pass[i].ms = pass[before].ms + std::max(a_node, 0.0) * (pass_sizes[i] - pass_sizes[before]);
+        pass[i].plain = pass[0].ms;
     }
 }
 
 void Costs::save(double * out) const {
     for (int32_t row = 0; row < n_rows; ++row) {
-        out = std::copy(rows_[row].pass.begin(), rows_[row].pass.end(), out);
-        out = std::copy(times_[row].begin(), times_[row].end(), out);
-        out = std::copy(rows_[row].draft.begin(), rows_[row].draft.end(), out);
+        const Row now = this->row(row);
+        out = std::copy(now.pass.begin(), now.pass.end(), out);
+        for (const Known & known : rows_[row].pass) {
+            *out++ = known.n;
+        }
+        out = std::copy(now.draft.begin(), now.draft.end(), out);
     }
 }
 
 bool Costs::load(const double * values) {
+    const auto is_time = [](double ms) { return ms >= 0 && ms < 1e9; };
     Costs read;
-    for (int32_t row = 0; row < n_rows; ++row) {
-        for (double & ms : read.rows_[row].pass) {
-            ms = *values++;
-        }
-        for (int32_t & n : read.times_[row]) {
-            const double given = *values++;
-            if (!(given >= 0 && given <= n_counted)) {
+    read.clock_ = kept_for;
+    for (Steps & steps : read.rows_) {
+        const bool is_known = values[0] > 0;
+        for (Known & known : steps.pass) {
+            known.ms = *values++;
+            if (!is_time(known.ms) || (known.ms > 0) != is_known) {
                 return false;
             }
-            n = (int32_t) given;
         }
-        for (double & ms : read.rows_[row].draft) {
-            ms = *values++;
+        for (Known & known : steps.pass) {
+            const double n = *values++;
+            if (!(n >= 0 && n <= n_counted)) {
+                return false;
+            }
+            known.n = (int32_t) n;
+            known.plain = steps.pass[0].ms;
         }
-        const auto & [pass, draft] = read.rows_[row];
-        const auto is_time = [](double ms) { return ms >= 0 && ms < 1e9; };
-        if (!std::all_of(pass.begin(), pass.end(), is_time) || !std::all_of(draft.begin(), draft.end(), is_time) ||
-            (pass[0] > 0) != std::all_of(pass.begin(), pass.end(), [](double ms) { return ms > 0; })) {
-            return false;
+        for (Known & known : steps.draft) {
+            known.ms = *values++;
+            known.plain = steps.pass[0].ms;
+            if (!is_time(known.ms)) {
+                return false;
+            }
         }
     }
     *this = read;

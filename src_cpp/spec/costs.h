@@ -2,7 +2,7 @@
 // depths, for every doubling of the context. Measured, then kept up to date by the steps themselves.
 //
 // Passes come in a few sizes, each searched on its own: what a pass takes rises in steps, where matrix products work in
-// tiles, and no curve is assumed.
+// tiles, and no curve is assumed. Machines change their pace: what is not seen for a while goes along with plain passes.
 #pragma once
 
 #include <algorithm>
@@ -46,8 +46,8 @@ class Costs {
 
     // The row of a context of n tokens; filled by measure().
     static int32_t row_of(int64_t n);
-    bool known(int32_t row) const { return rows_[row].pass[0] > 0; }
-    const Row & row(int32_t row) const { return rows_[row]; }
+    bool known(int32_t row) const { return rows_[row].pass[0].ms > 0; }
+    Row row(int32_t row) const;
 
     // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time. n_drafts: of how many
     // sizes there are drafts.
@@ -68,18 +68,25 @@ class Costs {
     bool load(const double * values); // false, and nothing has changed: they are no costs
 
   private:
+    struct Known {
+        double ms = 0;    // a mean
+        double plain = 0; // what a plain pass took when it was last seen
+        int64_t last = 0; // pass it was last seen in
+        int32_t n = 0;    // times seen, up to what counts
+    };
+    struct Steps {
+        std::array<Known, n_pass_sizes> pass;
+        std::array<Known, n_draft_sizes> draft;
+    };
     void fill(int32_t row);
 
-    std::array<Row, n_rows> rows_;
-    std::array<std::array<int32_t, n_pass_sizes>, n_rows> times_ = {}; // seen, up to what counts
-    std::array<std::array<int64_t, n_pass_sizes>, n_rows> last_ = {};  // pass it was last seen in
-    int64_t clock_ = 0;
+    std::array<Steps, n_rows> rows_;
+    int64_t clock_ = 0; // passes
 };
 
 template <class TimePass, class TimeDraft>
 void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft) {
     rows_[row] = {};
-    times_[row] = {};
     double spent = 0;
     const auto least = [&](const auto & time) {
         spent += time(); // the first builds a graph

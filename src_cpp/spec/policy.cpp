@@ -69,8 +69,10 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth
 
 int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
     const int32_t full = n_sizes - 1;
+    const auto ms = costs.row(row_).draft;
+    const double ms_price = price();
     const auto gain = [&](int32_t size) -> const Gain & { return gain_[proposed ? n_draft_sizes : size]; };
-    const auto profit = [&](int32_t size) { return gain(size).mean / price() - costs.row(row_).draft[size]; }; // ms
+    const auto profit = [&](int32_t size) { return gain(size).mean / ms_price - ms[size]; }; // milliseconds
     int32_t best = -1;
     double most = 0;
     for (int32_t size = proposed ? full : 0; size <= full; ++size) {
@@ -128,7 +130,7 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
     const double ms = draft_ms + pass_ms;
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
-    const auto & now = costs.row(row_);
+    const Costs::Row now = costs.row(row_);
     const double draft = *std::max_element(now.draft.begin(), now.draft.end());
     const double most = std::max({most_spared * now.pass[0], draft, now.pass[n_pass_sizes - 1]});
     spare_ms_ = std::min(spare_ms_ + spared * ms, most);
