@@ -3,11 +3,13 @@
 
     python scripts/make_shape.py --shape 27b --out shapes/27b            # 16.5 GB + 3.5 GB
     python scripts/make_shape.py --shape 27b --out shapes/27b --sparse   # the same headers over holes: planning only
+    python scripts/make_shape.py --shape 27b --out shapes/27b-8 --target-type bf16 --layers 8      # 11.2 GB + 3.5 GB
 
-Writes target.gguf (the Q4_K_M mix that llama.cpp's quantiser picks for this architecture) and draft.gguf (the DFlash
-drafter, BF16). Without the real weights this shows what a real model needs: memory, load time, time a pass. What it
-says is noise. There is no tokenizer: such a model takes and gives ids. --vocab gives both files one whose tokens mean
-nothing but are as many, since llama.cpp's server opens no model without.
+Writes target.gguf (the Q4_K_M mix that llama.cpp's quantiser picks for this architecture, or BF16) and draft.gguf (the
+DFlash drafter, BF16). Without the real weights this shows what a real model needs: memory, load time, time a pass. What
+it says is noise. There is no tokenizer: such a model takes and gives ids. --vocab gives both files one whose tokens
+mean nothing but are as many, since llama.cpp's server opens no model without. --layers cuts the target to its first
+layers, where the whole is too large; its name says so, and pydflash.shape.layers how many the whole has.
 
 The weights are scaled so that every product keeps the size of what goes in: logits stay finite and differ. They depend
 on --seed, --shape and the tensor's name alone. Written in pieces of 32 MiB; a file appears under its name when whole.
@@ -21,7 +23,7 @@ import shutil
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +105,25 @@ def q4_k_m(name: str, layer: int, n_layer: int, tied: bool) -> Kind:
     return Kind.Q6_K if sensitive and more else Kind.Q4_K
 
 
-def target_tensors(s: Shape) -> Iterator[Tensor]:
+def cut(s: Shape, n_layer: int) -> Shape:
+    """The same with fewer layers, of each kind as many in proportion; the drafter's taps are spread over them."""
+    taps = len(s.target_layers)
+    if n_layer % INTERVAL or not taps <= n_layer <= s.n_layer:
+        least = -(-taps // INTERVAL) * INTERVAL
+        raise ValueError(f"--layers is {n_layer}; it must be {least} to {s.n_layer} in steps of {INTERVAL}")
+    if n_layer == s.n_layer:
+        return s
+    spread = tuple(i * n_layer // taps + 1 for i in range(taps))
+    return replace(s, name=f"{s.name} ({n_layer} of {s.n_layer} layers)", n_layer=n_layer, target_layers=spread)
+
+
+def target_tensors(s: Shape, kind: Kind | None = None) -> Iterator[Tensor]:
+    """kind: of the matrices; None is the Q4_K_M mix."""
     e, inner = s.n_embd, s.v_heads * D_STATE
     channels = 2 * K_HEADS * D_STATE + inner
 
     def matrix(name: str, n_in: int, n_out: int, gain: float = 1.0, layer: int = 0) -> Tensor:
-        return Tensor(name, (n_in, n_out), q4_k_m(name, layer, s.n_layer, s.tied), gain * n_in**-0.5)
+        return Tensor(name, (n_in, n_out), kind or q4_k_m(name, layer, s.n_layer, s.tied), gain * n_in**-0.5)
 
     def vector(name: str, n: int, low: float = 0.6, high: float = 1.4) -> Tensor:
         return Tensor(name, (n,), Kind.F32, (low, high))
@@ -143,10 +158,11 @@ def target_tensors(s: Shape) -> Iterator[Tensor]:
         yield matrix(at + "ffn_down.weight", s.n_ff, e, layer=i)
 
 
-def target_keys(s: Shape) -> dict[str, Any]:
+def target_keys(s: Shape, kind: Kind | None = None) -> dict[str, Any]:
+    file_type = gguf.LlamaFileType.MOSTLY_BF16 if kind == Kind.BF16 else gguf.LlamaFileType.MOSTLY_Q4_K_M
     return {
         "general.name": f"{s.name} shape, random weights",
-        "general.file_type": int(gguf.LlamaFileType.MOSTLY_Q4_K_M),
+        "general.file_type": int(file_type),
         "general.quantization_version": gguf.GGML_QUANT_VERSION,
         "qwen35.vocab_size": N_VOCAB,
         "qwen35.block_count": s.n_layer,
@@ -362,6 +378,8 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--shape", required=True, choices=sorted(SHAPES), help="the model to take the shape of")
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder for target.gguf and draft.gguf")
+    parser.add_argument("--target-type", choices=("q4_k_m", "bf16"), default="q4_k_m", help="the target's matrices")
+    parser.add_argument("--layers", type=int, metavar="N", help="of the target (default: all)")
     parser.add_argument("--draft-type", choices=("bf16", "q8_0"), default="bf16", help="the drafter's matrices")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the weights, 0 or more (default 0)")
     parser.add_argument("--sparse", action="store_true", help="headers over holes, all weights zero: for planning only")
@@ -372,10 +390,18 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"--seed is {options.seed}; it must be 0 or more")
 
     shape = SHAPES[options.shape]
-    draft_kind = Kind[options.draft_type.upper()]
     words = vocabulary(N_VOCAB) if options.vocab else {}
+    whole = {"pydflash.shape.layers": shape.n_layer}
+    if options.layers is not None:
+        try:
+            shape = cut(shape, options.layers)
+        except ValueError as error:
+            parser.error(str(error))
+    target_kind = Kind.BF16 if options.target_type == "bf16" else None
+    draft_kind = Kind[options.draft_type.upper()]
+    target = target_keys(shape, target_kind) | whole | words
     files = [
-        ("target.gguf", "qwen35", target_keys(shape) | words, list(target_tensors(shape))),
+        ("target.gguf", "qwen35", target, list(target_tensors(shape, target_kind))),
         ("draft.gguf", "dflash", draft_keys(shape, draft_kind) | words, list(draft_tensors(shape, draft_kind))),
     ]
     try:

@@ -141,6 +141,52 @@ def test_values(small: ModuleType, shape: str, tmp_path: Path) -> None:
         assert s.tokenizer is None
 
 
+def test_bf16_and_fewer_layers(small: ModuleType, tmp_path: Path) -> None:
+    command = ["--shape", "small", "--out", str(tmp_path), "--target-type", "bf16", "--layers", "4"]
+    assert small.main(command) == 0
+    keys, tensors = read(tmp_path / "target.gguf")
+    assert (keys["general.name"], keys["general.file_type"]) == ("Small (4 of 8 layers) shape, random weights", 32)
+    assert (keys["qwen35.block_count"], keys["pydflash.shape.layers"]) == (4, 8)
+    assert {t.tensor_type.name for t in tensors.values()} == {"BF16", "F32"}
+    assert {name.split(".")[1] for name in tensors if name.startswith("blk.")} == set("0123")
+    assert read(tmp_path / "draft.gguf")[0]["dflash.target_layers"] == [1, 3]
+    with pydflash.Session(tmp_path / "target.gguf", tmp_path / "draft.gguf", n_ctx=128, n_threads=1) as s:
+        assert 0.5 < s.logits(range(20)).std() < 10
+        assert s.generate([1, 2, 3], max_tokens=6, budget=7).stats.n_generated == 6
+
+    layers = []  # the fourth of the whole and of the cut
+    for n_layer in ("8", "4"):
+        assert small.main(["--shape", "small", "--out", str(tmp_path), "--sparse", "--force", "--layers", n_layer]) == 0
+        tensors = read(tmp_path / "target.gguf")[1]
+        layers.append({name: tuple(t.shape) for name, t in tensors.items() if name.startswith("blk.3.")})
+    assert layers[0] == layers[1]
+    for wrong in ("0", "6", "12"):
+        with pytest.raises(SystemExit):
+            small.main([*command[:-1], wrong])
+
+
+def test_costs_of_a_cut_shape(small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of pass is made; the whole has as many bytes to read as its file has, embeddings aside."""
+    costs = load_script("scripts/shape_costs.py")
+    size = {}
+    for layers in ("8", "4"):
+        folder = tmp_path / layers
+        assert small.main(["--shape", "small", "--out", str(folder), "--target-type", "bf16", "--layers", layers]) == 0
+        tensors = read(folder / "target.gguf")[1]
+        size[layers] = sum(int(t.n_bytes) for name, t in tensors.items() if name != "token_embd.weight")
+    assert costs.whole(tmp_path / "8" / "target.gguf") == ("Small shape, random weights", 1.0)
+    name, more = costs.whole(tmp_path / "4" / "target.gguf")
+    assert name == "Small (4 of 8 layers) shape, random weights"
+    assert more == pytest.approx(size["8"] / size["4"])
+    capsys.readouterr()
+    assert costs.main([str(tmp_path / "4"), "--threads", "1", "--passes", "2", "--n-prompt", "16"]) == 0
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if " node" in line]
+    assert [row[1].strip() for row in rows] == list(costs.ARMS)
+    for row in rows:  # a longer pass of the whole takes longer by its target's part
+        drafting, ms, of_whole = (float(row[i]) for i in (2, 3, 6))
+        assert of_whole == pytest.approx(drafting + more * (ms - drafting), abs=0.2)
+
+
 def test_a_vocabulary(small: ModuleType, tmp_path: Path) -> None:
     """Every byte is a token, spelt as GPT-2 spells it; the weights are what they are without."""
     for folder, options in (("a", []), ("b", ["--vocab"])):
