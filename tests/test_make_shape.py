@@ -165,8 +165,11 @@ def test_bf16_and_fewer_layers(small: ModuleType, tmp_path: Path) -> None:
             small.main([*command[:-1], wrong])
 
 
-def test_costs_of_a_cut_shape(small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_costs_of_a_cut_shape(
+    small: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every kind of pass is made; the whole has as many bytes to read as its file has, embeddings aside."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
     costs = load_script("scripts/shape_costs.py")
     size = {}
     for layers in ("8", "4"):
