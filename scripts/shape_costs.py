@@ -93,7 +93,7 @@ def gains(found: dict[str, dict[str, Any]], arm: str, more: float) -> list[str]:
 
 
 def whole(path: Path) -> tuple[str, float]:
-    """A target's name, and how many times the weights that a pass reads the whole has that it was cut from."""
+    """A target's name and type, and how many times the weights that a pass reads the whole has that it was cut from."""
     reader = gguf.GGUFReader(path)
     keys = {name: reader.fields[name].contents() for name in reader.fields if not name.startswith("tokenizer.")}
     bytes_of = {tensor.name: int(tensor.n_bytes) for tensor in reader.tensors}
@@ -101,7 +101,8 @@ def whole(path: Path) -> tuple[str, float]:
         del bytes_of["token_embd.weight"]  # of which a row a token is read
     layers = sum(n for name, n in bytes_of.items() if name.startswith("blk."))
     added = layers * (keys.get("pydflash.shape.layers", keys["qwen35.block_count"]) / keys["qwen35.block_count"] - 1)
-    return keys["general.name"], 1 + added / sum(bytes_of.values())
+    kind = gguf.LlamaFileType(keys["general.file_type"]).name.removeprefix("MOSTLY_")
+    return f"{keys['general.name']}, {kind}", 1 + added / sum(bytes_of.values())
 
 
 if __name__ == "__main__":

@@ -136,8 +136,13 @@ def test_values(small: ModuleType, shape: str, tmp_path: Path) -> None:
         assert np.isfinite(logits).all()
         assert (logits.std(1) > 0.5).all()
         assert (logits.std(1) < 10).all()
-        plain = s.generate([1, 2, 3], max_tokens=6, budget=0)
-        assert s.generate([1, 2, 3], max_tokens=6, budget=15).ids == plain.ids
+        plain = s.generate([1, 2, 3], max_tokens=6, budget=0).ids
+        tree = s.generate([1, 2, 3], max_tokens=6, budget=15).ids
+        if tree != plain:  # K-quants round what they multiply to 8 bits: the last bit of a sum may move a logit by 0.15
+            n = next(i for i in range(6) if tree[i] != plain[i])
+            row = s.logits([1, 2, 3, *plain[:n]])[-1]
+            assert abs(row[plain[n]] - row[tree[n]]) < 0.3
+            assert min(row[plain[n]], row[tree[n]]) > row.max() - 0.3
         assert s.tokenizer is None
 
 
@@ -177,9 +182,9 @@ def test_costs_of_a_cut_shape(
         assert small.main(["--shape", "small", "--out", str(folder), "--target-type", "bf16", "--layers", layers]) == 0
         tensors = read(folder / "target.gguf")[1]
         size[layers] = sum(int(t.n_bytes) for name, t in tensors.items() if name != "token_embd.weight")
-    assert costs.whole(tmp_path / "8" / "target.gguf") == ("Small shape, random weights", 1.0)
+    assert costs.whole(tmp_path / "8" / "target.gguf") == ("Small shape, random weights, BF16", 1.0)
     name, more = costs.whole(tmp_path / "4" / "target.gguf")
-    assert name == "Small (4 of 8 layers) shape, random weights"
+    assert name == "Small (4 of 8 layers) shape, random weights, BF16"
     assert more == pytest.approx(size["8"] / size["4"])
     capsys.readouterr()
     assert costs.main([str(tmp_path / "4"), "--threads", "1", "--passes", "2", "--n-prompt", "16"]) == 0
