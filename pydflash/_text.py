@@ -26,11 +26,11 @@ class TextStream:
             if self._decoder is None or token_id >= self._n_vocab:  # a target may have more rows than its vocabulary
                 continue
             self._held += self._decoder.push(token_id)
-            cut = self._find_stop()
+            cut = self._find_stop() if self._stops else None
             if cut is not None:
                 text, self._held = self._held[:cut], ""
                 return text, i + 1
-        return self._release(self._n_undecided()), None
+        return self._release(self._n_undecided() if self._stops else 0), None
 
     def finish(self) -> str:
         """The rest, once it is known that nothing follows."""
@@ -52,6 +52,9 @@ class TextStream:
         return 0
 
     def _release(self, n_keep: int) -> str:
+        if n_keep == 0:
+            text, self._held = self._held, ""
+            return text
         edge = len(self._held) - n_keep
         text, self._held = self._held[:edge], self._held[edge:]
         return text

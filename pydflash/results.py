@@ -183,17 +183,21 @@ class Tally:
         self._n_steps += 1
         reached = step.n_tokens - 1
         offered = reached if ended else max(reached, step.max_depth)
-        self._offered += [0] * (offered - len(self._offered))
-        self._reached += [0] * (offered - len(self._reached))
+        if offered > len(self._offered):
+            self._offered += [0] * (offered - len(self._offered))
+            self._reached += [0] * (offered - len(self._reached))
         for depth in range(offered):
             self._offered[depth] += 1
             self._reached[depth] += depth < reached
         self._n_drafted += step.n_nodes - 1
         self._expected += step.expected
         self._n_used += reached
-        for name in ("draft", "build", "verify", "accept"):
-            self._ms[name] += getattr(step, f"{name}_ms")
-        self._ms["commit"] += commit_ms
+        ms = self._ms
+        ms["draft"] += step.draft_ms
+        ms["build"] += step.build_ms
+        ms["verify"] += step.verify_ms
+        ms["accept"] += step.accept_ms
+        ms["commit"] += commit_ms
         self._decode_s += seconds
 
     def result(self, finish_reason: FinishReason, seed: int, answer: AnswerStream | None = None) -> Result:
