@@ -104,6 +104,7 @@ class Ggml:
             registry = loader.ggml_backend_load(str(libraries[0]).encode()) if libraries else None
         if not registry or not self.call("ggml_backend_reg_dev_count", registry):
             raise RuntimeError(f"the backend {device!r} in {folder} is not there, cannot be loaded, or finds no device")
+        self._registry = registry
         self.device = self.call("ggml_backend_reg_dev_get", registry, 0)
         self.backend = self.call("ggml_backend_dev_init", self.device, None)
         address = self.call("ggml_backend_reg_get_proc_address", registry, b"ggml_backend_set_n_threads")
@@ -111,6 +112,18 @@ class Ggml:
 
     def call(self, name: str, *arguments: Any) -> Any:
         return getattr(self._base, name)(*arguments)
+
+    def features(self) -> set[str]:
+        """What the backend was compiled for, by ggml's names: "AVX2", "AVX512_VNNI"."""
+        address = self.call("ggml_backend_reg_get_proc_address", self._registry, b"ggml_backend_get_features")
+        if not address:
+            return set()
+        rows = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_char_p), Pointer)(address)(self._registry)
+        found = set()
+        while rows[0]:  # pairs of a name and a value, up to one of nulls
+            found |= {rows[0].decode()} if rows[1] == b"1" else set()
+            rows = ctypes.cast(ctypes.byref(rows.contents, 2 * ctypes.sizeof(Pointer)), type(rows))
+        return found
 
     def set_n_threads(self, n_threads: int) -> None:
         """Of the CPU; a GPU has its own ideas."""

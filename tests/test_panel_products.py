@@ -64,7 +64,9 @@ def test_products_are_those_of_float64(ggml: Ggml, name: str) -> None:
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16", "Q4_K", "Q5_K", "Q6_K"])
 @pytest.mark.parametrize(("n_rows", "k"), [(1, 256), (8, 32), (15, 272), (17, 2048), (300, 512), (1000, 96)])
 def test_a_column_has_its_bits_alone_and_in_any_company(ggml: Ggml, name: str, n_rows: int, k: int) -> None:
-    """Products small enough to be shared out beforehand, and larger ones; columns that do not follow each other."""
+    """Products small enough to be shared out beforehand, and larger ones; columns that do not follow each other. Where
+    the processor lacks what our kernels need, upstream's come as close, but not to the bit."""
+    ours = ("AVX512_VNNI" if name.endswith("_K") else "AVX512") in ggml.features()
     kind = gguf.GGMLQuantizationType[name]
     k = -(-k // 256) * 256 if name.endswith("_K") else k
     random = np.random.RandomState(2)
@@ -79,11 +81,12 @@ def test_a_column_has_its_bits_alone_and_in_any_company(ggml: Ggml, name: str, n
         products = [graph.op("ggml_mul_mat", packed, view) for view in (*first, *alone)]
         graph.compute(*products, n_threads=2)
         plain = np.concatenate([graph.read(product, 1, n_rows) for product in products[len(counts) :]])
-        for n, product in zip(counts, products, strict=False):
-            assert (graph.read(product, n, n_rows) == plain[:n]).all()
+        together = [graph.read(product, n, n_rows) for n, product in zip(counts, products, strict=False)]
     expected = columns_of(x[:, k:], name) @ exact.T
     size = np.linalg.norm(x[:, k:], axis=1)[:, None] * np.linalg.norm(exact, axis=1)
-    assert (np.abs(plain - expected) <= 2e-6 * size).all()
+    for n, found in zip((*counts, len(x)), (*together, plain), strict=True):
+        assert (found == plain[:n]).all() or not ours
+        assert (np.abs(found - expected[:n]) <= 2e-6 * size[:n]).all()
 
 
 @pytest.mark.parametrize("name", ["Q4_K", "Q5_K", "Q6_K"])
