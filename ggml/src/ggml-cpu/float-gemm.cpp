@@ -10,7 +10,7 @@
 // Bytes moved: weights once. Bound: 16 products an instruction, 32 of BF16.
 //
 // Refuses nothing: what it does not do it leaves to upstream.
-#include "panel-products.h"
+#include "weight-products.h"
 
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 

@@ -9,7 +9,7 @@
 // Bound: 64 products a dpbusd, which is two thirds of what a column takes; unpacking a row is worth 2 to 4 columns.
 //
 // Refuses nothing: what it does not do it leaves to upstream.
-#include "panel-products.h"
+#include "weight-products.h"
 
 #if defined(__AVX512VNNI__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
 
