@@ -295,6 +295,7 @@ int pf_session_get_costs(pf_session * session, pf_costs * out) {
     return pf::guard([&] {
         pf::require(session, "pf_session_get_costs: session must not be null");
         pf::check_result(out);
+        static_assert(PF_N_PASSES == pf::n_pass_sizes, "pf_costs has a place for every size");
         const pf::Costs::Row row = session->session.costs();
         pf_costs costs = {};
         std::copy(pf::pass_sizes.begin(), pf::pass_sizes.end(), costs.n_nodes);

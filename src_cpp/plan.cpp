@@ -71,15 +71,16 @@ WeightBytes weight_bytes(const Weights & weights, const ggml_tensor * host_table
     return n;
 }
 
-// What a backend wants besides, for the largest product of the graph: a copy of its input in the weights' terms, and of
-// its result where that is computed in half precision. Two bytes a value bounds both.
-uint64_t product_scratch(ggml_cgraph * gf) {
+// What a backend wants besides, for the largest product of the graph: a copy of its input in the weights' terms, on the CPU
+// of up to 6 bytes a value; on a card of 2, and one of its result where that is computed in half precision.
+uint64_t product_scratch(ggml_cgraph * gf, bool on_cuda) {
     uint64_t most = 0;
     for (int i = 0; i < ggml_graph_n_nodes(gf); ++i) {
         const ggml_tensor * t = ggml_graph_node(gf, i);
         if (t->op == GGML_OP_MUL_MAT) {
             const bool half = t->src[0]->type == GGML_TYPE_F16 || t->src[0]->type == GGML_TYPE_BF16;
-            most = std::max(most, 2 * (uint64_t) (ggml_nelements(t->src[1]) + (half ? ggml_nelements(t) : 0)));
+            const int64_t n = ggml_nelements(t->src[1]);
+            most = std::max(most, (uint64_t) (on_cuda ? 2 * (n + (half ? ggml_nelements(t) : 0)) : 6 * n));
         }
     }
     return most;
@@ -146,7 +147,7 @@ Plan plan_at(const Target & target, const Drafter * drafter, const pf_session_pa
             buffer = std::max(buffer, graph_bytes(graph.gf, site.type));
         }
         plain = std::max(plain, bytes);
-        scratch = std::max(scratch, product_scratch(graph.gf));
+        scratch = std::max(scratch, product_scratch(graph.gf, site.on_cuda));
         graph.trim();
         kept = std::max(kept, max_graphs * graph.n_bytes());
         const char * name = shape_name(shape);

@@ -50,7 +50,10 @@ class Session {
     // See pf_session_get_costs and pf_session_propose.
     Costs::Row costs();
     const Experience & experience() const { return experience_; }
-    void set_experience(const Experience & given) { experience_ = given; }
+    void set_experience(const Experience & given) {
+        require_settled("set_experience");
+        experience_ = given;
+    }
     void propose(const int32_t * ids, int32_t n);
 
     // Going back, keeping and moving a timeline; what is what is in snapshot.h.

@@ -57,7 +57,7 @@ double Session::time_pass(int32_t n_nodes) {
 void Session::measure_costs() {
     Policy & policy = experience_.policy;
     policy.begin(n_);
-    if (policy.costs.known(policy.row())) {
+    if (policy.costs.known(policy.row(), budget_ + 1)) {
         return;
     }
     const auto time_draft = [&](int32_t size) {
@@ -77,7 +77,12 @@ void Session::get_ready_to_search() {
     Policy & policy = experience_.policy;
     const int32_t size = policy.to_measure(budget_ + 1);
     if (size >= 0) {
-        policy.costs.saw_pass(policy.row(), size, time_pass(pass_sizes[(size_t) size]));
+        const uint64_t n_built = runner_.counters().graphs_built;
+        double ms = time_pass(pass_sizes[(size_t) size]);
+        if (runner_.counters().graphs_built != n_built) {
+            ms = time_pass(pass_sizes[(size_t) size]);
+        }
+        policy.costs.saw_pass(policy.row(), size, ms);
     }
 }
 

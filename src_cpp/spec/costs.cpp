@@ -25,30 +25,45 @@ int32_t Costs::row_of(int64_t n) {
     return row;
 }
 
+// What was seen, at the pace of plain passes now; what is fresh stands by itself.
+double Costs::now(int32_t row, const Known & known) const {
+    const double old = std::min(1.0, static_cast<double>(clock_ - known.last) / n_fresh);
+    const double plain = rows_[row].pass[0].ms;
+    return known.plain > 0 ? known.ms * (1 + old * (plain / known.plain - 1)) : known.ms;
+}
+
+void Costs::see(int32_t row, Known & known, double ms) {
+    const double mean = now(row, known);
+    const int32_t n = is_fresh(known) ? known.n : std::min(known.n, 1); // all of long ago counts no more than this
+    known = {moved(mean, ms, n), 0, clock_, std::min(n + 1, n_counted)};
+    const Known & plain = rows_[row].pass[0];
+    known.plain = is_fresh(plain) ? plain.ms : 0;
+}
+
+bool Costs::is_fresh(const Known & known) const {
+    return static_cast<double>(clock_ - known.last) < n_fresh;
+}
+
+bool Costs::known(int32_t row, int32_t most) const {
+    const auto & pass = rows_[row].pass;
+    const auto seen = [](const Known & known) { return known.n > 0; };
+    return pass[0].ms > 0 && (most == 1 || std::any_of(pass.begin() + 1, pass.end(), seen));
+}
+
 void Costs::saw_pass(int32_t row, int32_t size, double ms) {
-    Known & known = rows_[row].pass[size];
-    known.ms = moved(known.ms, ms, known.n);
-    known.n = std::min(known.n + 1, n_counted);
-    known.last = ++clock_;
-    known.plain = rows_[row].pass[0].ms;
+    ++clock_;
+    see(row, rows_[row].pass[size], ms);
 }
 
 void Costs::saw_draft(int32_t row, int32_t size, double ms) {
-    Known & known = rows_[row].draft[size];
-    known.ms = moved(known.ms, ms, known.ms > 0 ? n_counted : 0);
-    known.last = clock_;
-    known.plain = rows_[row].pass[0].ms;
+    see(row, rows_[row].draft[size], ms);
 }
 
 Costs::Row Costs::row(int32_t row) const {
-    const double plain = rows_[row].pass[0].ms;
-    const auto now = [&](const Known & known) {
-        const double old = std::min(1.0, static_cast<double>(clock_ - known.last) / n_fresh);
-        return known.plain > 0 ? known.ms * (1 + old * (plain / known.plain - 1)) : known.ms;
-    };
+    const auto at_pace = [&](const Known & known) { return now(row, known); };
     Row out;
-    std::transform(rows_[row].pass.begin(), rows_[row].pass.end(), out.pass.begin(), now);
-    std::transform(rows_[row].draft.begin(), rows_[row].draft.end(), out.draft.begin(), now);
+    std::transform(rows_[row].pass.begin(), rows_[row].pass.end(), out.pass.begin(), at_pace);
+    std::transform(rows_[row].draft.begin(), rows_[row].draft.end(), out.draft.begin(), at_pace);
     return out;
 }
 

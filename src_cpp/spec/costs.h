@@ -46,13 +46,13 @@ class Costs {
 
     // The row of a context of n tokens; filled by measure().
     static int32_t row_of(int64_t n);
-    bool known(int32_t row) const { return rows_[row].pass[0].ms > 0; }
+    bool known(int32_t row, int32_t most) const; // for passes of at most so many nodes
     Row row(int32_t row) const;
 
     // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time. n_drafts: of how many
     // sizes there are drafts.
-    // Takes about as long as 20 plain steps and 0.2 s at most; what is left then is drawn through what was measured, and
-    // gives way to the first step of its size.
+    // Passes take about as long as 20 plain steps and 0.2 s; what is left then is drawn through what was measured, and gives
+    // way to the first step of its size.
     template <class TimePass, class TimeDraft>
     void measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft);
 
@@ -70,7 +70,7 @@ class Costs {
   private:
     struct Known {
         double ms = 0;    // a mean
-        double plain = 0; // what a plain pass took when it was last seen
+        double plain = 0; // what a plain pass took when it was last seen; 0: that was not known
         int64_t last = 0; // pass it was last seen in
         int32_t n = 0;    // times seen, up to what counts
     };
@@ -78,6 +78,9 @@ class Costs {
         std::array<Known, n_pass_sizes> pass;
         std::array<Known, n_draft_sizes> draft;
     };
+    double now(int32_t row, const Known & known) const;
+    bool is_fresh(const Known & known) const;
+    void see(int32_t row, Known & known, double ms);
     void fill(int32_t row);
 
     std::array<Steps, n_rows> rows_;
@@ -94,16 +97,21 @@ void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && tim
         spent += ms[0] + ms[1];
         return std::min(ms[0], ms[1]);
     };
-    const double plain = least([&] { return time_pass(1); });
-    saw_pass(row, 0, plain);
-    spent = 0;
-    for (int32_t size = 0; size < n_drafts; ++size) {
-        saw_draft(row, size, least([&] { return time_draft(size); }));
-    }
-    for (const int32_t n_nodes : {16, 4, 2, 8, 3, 32, 6, 12, 64, 24, 48}) {
-        if (spent < 20 * plain + 200 && n_nodes <= most) {
-            saw_pass(row, pass_size_of(n_nodes), least([&] { return time_pass(n_nodes); }));
+    try {
+        const double plain = least([&] { return time_pass(1); });
+        saw_pass(row, 0, plain);
+        spent = 0;
+        for (int32_t size = 0; size < n_drafts; ++size) {
+            saw_draft(row, size, least([&] { return time_draft(size); }));
         }
+        for (const int32_t n_nodes : {16, 4, 2, 8, 3, 32, 6, 12, 64, 24, 48}) {
+            if (spent < 20 * plain + 200 && n_nodes <= most) {
+                saw_pass(row, pass_size_of(n_nodes), least([&] { return time_pass(n_nodes); }));
+            }
+        }
+    } catch (...) {
+        rows_[row] = {};
+        throw;
     }
     fill(row);
 }

@@ -51,7 +51,9 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth
     const double ms_price = price();
     auto pass = costs.row(row_).pass;
     for (int32_t i = n_pass_sizes - 1; i-- > 1;) { // no pass can take longer than a larger one: it was measured badly
-        pass[i] = std::min(pass[i], pass[i + 1]);
+        if (pass_sizes[i + 1] <= most) {
+            pass[i] = std::min(pass[i], pass[i + 1]);
+        }
     }
     Choice best{1, 1 - ms_price * pass[0]};
     double expected = 0;
@@ -131,8 +133,8 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
     const Costs::Row now = costs.row(row_);
-    const double draft = *std::max_element(now.draft.begin(), now.draft.end());
-    const double most = std::max({most_spared * now.pass[0], draft, now.pass[n_pass_sizes - 1]});
+    const double most = std::max({most_spared * now.pass[0], *std::max_element(now.draft.begin(), now.draft.end()),
+                                  *std::max_element(now.pass.begin(), now.pass.end())});
     spare_ms_ = std::min(spare_ms_ + spared * ms, most);
 }
 

@@ -27,6 +27,9 @@ static inline bool unpack_cache_row(ggml_type type, const char * from, float * t
             _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + 2 * i))));
         }
         return true;
+    case GGML_TYPE_BF16:
+        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, to, n);
+        return true;
     case GGML_TYPE_Q8_0: {
         const block_q8_0 * block = (const block_q8_0 *) from;
         for (int64_t i = 0; i < n; i += QK8_0, ++block) {
@@ -56,8 +59,15 @@ static inline bool unpack_cache_row(ggml_type type, const char * from, float * t
 
 #else
 
-static inline bool unpack_cache_row(ggml_type, const char *, float *, int64_t) {
-    return false;
+static inline bool unpack_cache_row(ggml_type type, const char * from, float * to, int64_t n) {
+    if (type == GGML_TYPE_F16) { // by this backend, which knows the processor
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, to, n);
+    } else if (type == GGML_TYPE_BF16) {
+        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, to, n);
+    } else {
+        return false;
+    }
+    return true;
 }
 
 #endif

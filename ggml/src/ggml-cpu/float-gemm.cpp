@@ -20,14 +20,11 @@
 #include "tree-work.h"
 
 #include <algorithm>
-#include <cstring>
 
 namespace {
 
-constexpr int kRows = 16;           // summed at a time
-constexpr int kSoon = 256;          // bytes ahead in a row, fetched into the first-level cache
-constexpr int64_t kFew = 64;        // columns
-constexpr int64_t kSmall = 1 << 22; // products: below, a barrier would cost more than it shares out
+constexpr int kRows = 16;  // summed at a time
+constexpr int kSoon = 256; // bytes ahead in a row, fetched into the first-level cache
 
 // ---- formats -----------------------------------------------------------------------------------------------------
 
@@ -197,15 +194,11 @@ void multiply_last(int n_columns, int n, const char * const * row, const Columns
 
 // ---- the product -------------------------------------------------------------------------------------------------
 
-bool is_small(const ggml_tensor * dst) {
-    return dst->ne[1] <= kFew && ggml_nelements(dst) * dst->src[0]->ne[0] <= kSmall;
-}
-
 template <class F>
 size_t work_size(int n_tasks, const ggml_tensor * dst) {
     Scratch count{nullptr};
     Columns<F>(dst->src[1], count);
-    return count.used * (is_small(dst) ? n_tasks : 1);
+    return count.used * (is_small_product(dst) ? n_tasks : 1);
 }
 
 // Rows go to threads by 16. A small product is shared out beforehand, and every thread rounds all columns for itself; of a
@@ -213,7 +206,7 @@ size_t work_size(int n_tasks, const ggml_tensor * dst) {
 template <class F>
 void multiply(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor *src0 = dst->src[0], *src1 = dst->src[1];
-    const bool small = is_small(dst);
+    const bool small = is_small_product(dst);
     const size_t size = work_size<F>(1, dst);
     Scratch scratch = small ? scratch_of(params, size) : shared_scratch(params, size);
     Columns<F> x(src1, scratch);

@@ -19,16 +19,15 @@
 #include "tree-work.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 #include <type_traits>
 
 namespace {
 
-constexpr int kRows = 8;            // multiplied at a time: 16 at once come at 30 GB/s, 8 at 40
-constexpr int kPiece = 8;           // of so many rows, that a thread takes at most
-constexpr int kQuads = 16;          // of columns, that meet them at a time
-constexpr int64_t kFew = 64;        // columns
-constexpr int64_t kSmall = 1 << 22; // products: below, a barrier would cost more than it shares out
+constexpr int kRows = 8;   // multiplied at a time: 16 at once come at 30 GB/s, 8 at 40
+constexpr int kPiece = 8;  // of so many rows, that a thread takes at most
+constexpr int kQuads = 16; // of columns, that meet them at a time
 
 // ---- columns -----------------------------------------------------------------------------------------------------
 
@@ -46,9 +45,15 @@ template <class T>
 float quantise(const float * x, int8_t * codes) {
     __m512 v[QK_K / 16];
     __m512 amax = _mm512_setzero_ps();
+    unsigned no_numbers = 0;
     for (int i = 0; i < QK_K / 16; ++i) {
         v[i] = _mm512_loadu_ps(x + 16 * i);
-        amax = _mm512_max_ps(_mm512_abs_ps(v[i]), amax); // a NaN counts for nothing
+        amax = _mm512_max_ps(_mm512_abs_ps(v[i]), amax);
+        no_numbers |= _mm512_cmp_ps_mask(v[i], v[i], _CMP_UNORD_Q);
+    }
+    if (no_numbers) { // and no product with them is one
+        memset(codes, 0, QK_K);
+        return NAN;
     }
     const float largest = _mm512_reduce_max_ps(amax);
     if (!(largest > 0.0f)) {
@@ -264,7 +269,7 @@ struct Shape {
     explicit Shape(const ggml_tensor * dst) {
         n_blocks = dst->src[0]->ne[0] / QK_K;
         n_quads = (dst->ne[1] + 3) / 4;
-        small = dst->ne[1] <= kFew && ggml_nelements(dst) * dst->src[0]->ne[0] <= kSmall;
+        small = is_small_product(dst);
     }
     size_t columns_size() const { return n_blocks * n_quads * sizeof(Quad<kquant::Q6>); } // the largest
 };

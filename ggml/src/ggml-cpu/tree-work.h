@@ -47,3 +47,9 @@ static inline Scratch shared_scratch(const ggml_compute_params * params, size_t 
 static inline float * row_of(const ggml_tensor * t, int64_t i1, int64_t i2 = 0) {
     return (float *) ((char *) t->data + i1 * t->nb[1] + i2 * t->nb[2]);
 }
+
+// A product so small that it is shared out beforehand and every thread prepares all columns for itself: a barrier would
+// cost more.
+static inline bool is_small_product(const ggml_tensor * dst) {
+    return dst->ne[1] <= 64 && ggml_nelements(dst) * dst->src[0]->ne[0] <= 1 << 22;
+}
