@@ -11,6 +11,9 @@ namespace pf {
 // The tree that is worth most, and a draft for it if that is worth its time.
 void Session::search_tree(Block & block, int32_t n_depth, int32_t n_line) {
     Policy & policy = experience_.policy;
+    if (policy.costs.needs_plain(policy.row())) {
+        n_depth = n_line = 0;
+    }
     const Line * const given = given_line(n_line);
     line_ = given ? given : copied_line(block, n_line);
     grow_tree(block, line_ ? budget_ : 0);

@@ -44,21 +44,21 @@ def test_is_the_default(session: Session) -> None:
 
 
 def test_trees_keep_what_they_promise(session: Session) -> None:
-    """Within a twentieth, on prompts that nothing was learned from, where passes and drafts are taken to cost so little
-    that every step drafts."""
-    n_steps, promised, kept = 0, 0.0, 0
-    for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[0:60:3]]):
+    """Within a twentieth and two standard errors, on prompts that nothing was learned from, where passes and drafts are
+    taken to cost so little that every step drafts."""
+    promised, kept = [], []
+    for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[61::2]]):
         values = np.frombuffer(experience(session), np.float64).copy()
         costs = values[1 : 1 + 10 * 27].reshape(10, 27)
         costs[:, :12], costs[:, 12:24], costs[:, 24:] = 100.0, 16, 1e-3
         assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
         stats = session.generate(prompt, budget="auto", **GREEDY).stats
         if i >= 30:
-            assert stats.n_drafted > 10 * stats.n_steps
-            n_steps += stats.n_steps
-            promised += stats.mean_expected * stats.n_steps
-            kept += stats.n_generated
-    assert abs(promised / kept - 1) < 0.05
+            assert stats.n_drafted > 5 * stats.n_steps
+            promised.append(stats.mean_expected * stats.n_steps)
+            kept.append(stats.n_generated)
+    error = np.std(np.subtract(promised, kept)) * len(kept) ** 0.5
+    assert abs(sum(promised) - sum(kept)) < 0.05 * sum(kept) + 2 * error
     costs[:] = 0  # nothing is known
     lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes)
 
@@ -77,6 +77,19 @@ def test_costs_are_measured_where_the_session_stands(session: Session) -> None:
     assert costs.draft_ms > 0
     assert session.tokens == tokens
     assert session.generate(None, budget=0, **GREEDY).ids == session.generate(tokens, budget=0, **GREEDY).ids
+
+
+def test_costs_that_no_longer_hold_are_put_right(session: Session) -> None:
+    """A plain pass kept as the dearest of all would else never be tried again."""
+    values = np.frombuffer(experience(session), np.float64).copy()
+    costs = values[1 : 1 + 10 * 27].reshape(10, 27)
+    costs[:, :12], costs[:, 12:24], costs[:, 24:] = 1e-2, 16, 1e-2
+    costs[:, 0] = 100.0
+    assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
+    session.generate(PROMPTS[3], max_tokens=100, ignore_eos=True, budget="auto")
+    assert session.costs().pass_ms[1] < 10
+    costs[:] = 0  # nothing is known
+    lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes)
 
 
 def test_a_drafter_that_is_never_right_is_hardly_asked(session: Session, tmp_path: Path) -> None:

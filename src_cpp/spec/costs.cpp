@@ -9,6 +9,7 @@ namespace {
 constexpr int32_t n_counted = 16;    // passes that a mean looks back on
 constexpr double n_fresh = 64;       // passes until what was seen then goes all the way along with plain passes
 constexpr int64_t kept_for = 1 << 9; // passes ago: what an earlier session saw
+constexpr int64_t plain_every = 256;
 
 // A mean that forgets, and that a single hiccup of the machine cannot carry far.
 double moved(double mean, double seen, int32_t n) {
@@ -34,14 +35,24 @@ double Costs::now(int32_t row, const Known & known) const {
 
 void Costs::see(int32_t row, Known & known, double ms) {
     const double mean = now(row, known);
-    const int32_t n = is_fresh(known) ? known.n : std::min(known.n, 1); // all of long ago counts no more than this
-    known = {moved(mean, ms, n), 0, clock_, std::min(n + 1, n_counted)};
     const Known & plain = rows_[row].pass[0];
+    int32_t n = known.n;
+    if (!is_fresh(
+            known)) { // all of long ago counts no more than this; plain passes, whose pace all goes by, start anew
+        const bool as_before = mean * 0.8 < ms && ms < mean * 1.25;
+        n = std::min(n, &known == &plain && !as_before ? 0 : 1);
+    }
+    known = {moved(mean, ms, n), 0, clock_, std::min(n + 1, n_counted)};
     known.plain = is_fresh(plain) ? plain.ms : 0;
 }
 
 bool Costs::is_fresh(const Known & known) const {
     return static_cast<double>(clock_ - known.last) < n_fresh;
+}
+
+bool Costs::needs_plain(int32_t row) const {
+    const Known & plain = rows_[row].pass[0];
+    return clock_ - plain.last >= plain_every || plain.n < 2;
 }
 
 bool Costs::known(int32_t row, int32_t most) const {

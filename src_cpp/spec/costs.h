@@ -48,6 +48,8 @@ class Costs {
     static int32_t row_of(int64_t n);
     bool known(int32_t row, int32_t most) const; // for passes of at most so many nodes
     Row row(int32_t row) const;
+    // Whether the next pass should be a plain one: too long ago was the last, the yardstick of all.
+    bool needs_plain(int32_t row) const;
 
     // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time. n_drafts: of how many
     // sizes there are drafts.
