@@ -81,15 +81,15 @@ def test_costs_are_measured_where_the_session_stands(session: Session) -> None:
 
 def test_costs_that_no_longer_hold_are_put_right(session: Session) -> None:
     """A plain pass kept as the dearest of all would else never be tried again."""
-    values = np.frombuffer(experience(session), np.float64).copy()
+    before = experience(session)
+    values = np.frombuffer(before, np.float64).copy()
     costs = values[1 : 1 + 10 * 27].reshape(10, 27)
     costs[:, :12], costs[:, 12:24], costs[:, 24:] = 1e-2, 16, 1e-2
     costs[:, 0] = 100.0
     assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
     session.generate(PROMPTS[3], max_tokens=100, ignore_eos=True, budget="auto")
     assert session.costs().pass_ms[1] < 10
-    costs[:] = 0  # nothing is known
-    lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes)
+    assert lib.pf_session_set_experience(session._core.session, before, len(before)) == lib.PF_OK
 
 
 def test_a_drafter_that_is_never_right_is_hardly_asked(session: Session, tmp_path: Path) -> None:
