@@ -109,7 +109,7 @@ Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & witho
 
 void Policy::Gain::saw(double tokens) {
     // Text changes: the longer ago the last draft was, the less it still says.
-    const double weight = known ? std::clamp(tokens_since / 64.0, 1 / 16.0, 0.5) : 1;
+    const double weight = known ? std::clamp(tokens_since / 64.0, 0.25, 0.5) : 1;
     mean += weight * (std::max(0.0, tokens) - mean);
     known = true;
     tokens_since = 0;
