@@ -56,9 +56,9 @@ def session() -> pydflash.Session:
 
 
 def ask(session: pydflash.Session, *questions: str) -> str:
-    """What a session says to these, a line each."""
+    """What a session says to these, each ending its line."""
     answers = (session.ask(question, max_tokens=16, temperature=0.8, seed=5) for question in questions)
-    return "".join(answer.content + "\n" for answer in answers)
+    return "".join(answer.content.removesuffix("\n") + "\n" for answer in answers)
 
 
 # ---- piped -----------------------------------------------------------------------------------------------------------
