@@ -52,9 +52,6 @@ class TextStream:
         return 0
 
     def _release(self, n_keep: int) -> str:
-        if n_keep == 0:
-            text, self._held = self._held, ""
-            return text
         edge = len(self._held) - n_keep
         text, self._held = self._held[:edge], self._held[edge:]
         return text

@@ -102,6 +102,8 @@ class Session {
     int32_t n_drafts() const;
     void measure_costs();
     void get_ready_to_search();
+    template <class Run>
+    double time_of(Run && run);
     double time_pass(int32_t n_nodes);
 
     std::shared_ptr<const Target> target_;

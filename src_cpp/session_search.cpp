@@ -43,6 +43,19 @@ int32_t Session::n_drafts() const {
     return n_drafted > 0 ? draft_size_of(n_drafted) + 1 : 0;
 }
 
+// Milliseconds of what a pass or a draft does; where that had to build a graph, of doing it again.
+template <class Run>
+double Session::time_of(Run && run) {
+    const uint64_t n_built = runner_.counters().graphs_built;
+    Timer timer;
+    run();
+    if (runner_.counters().graphs_built != n_built) {
+        timer.lap_ms();
+        run();
+    }
+    return timer.lap_ms();
+}
+
 // One pass over so many nodes that nothing comes of: what it leaves behind the committed rows is as if it had not been.
 double Session::time_pass(int32_t n_nodes) {
     nodes_.n = nodes_.n_real = n_nodes;
@@ -52,9 +65,7 @@ double Session::time_pass(int32_t n_nodes) {
     PassOptions options;
     options.head = chooser_.reads_logits() || constraint_ ? PassHead::logits : PassHead::choice;
     options.taps = taps();
-    Timer timer;
-    runner_.pass(nodes_, n_, options);
-    return timer.lap_ms();
+    return time_of([&] { runner_.pass(nodes_, n_, options); });
 }
 
 void Session::measure_costs() {
@@ -67,9 +78,7 @@ void Session::measure_costs() {
         Block block = new_block();
         block.n_drafted = std::min(block.n_drafted, draft_sizes[(size_t) size]);
         runner_.settle_context();
-        Timer timer;
-        draft(block, block.n_drafted);
-        return timer.lap_ms();
+        return time_of([&] { draft(block, block.n_drafted); });
     };
     policy.costs.measure(
         policy.row(), budget_ + 1, n_drafts(), [&](int32_t n_nodes) { return time_pass(n_nodes); }, time_draft);
@@ -80,12 +89,7 @@ void Session::get_ready_to_search() {
     Policy & policy = experience_.policy;
     const int32_t size = policy.to_measure(budget_ + 1);
     if (size >= 0) {
-        const uint64_t n_built = runner_.counters().graphs_built;
-        double ms = time_pass(pass_sizes[(size_t) size]);
-        if (runner_.counters().graphs_built != n_built) {
-            ms = time_pass(pass_sizes[(size_t) size]);
-        }
-        policy.costs.saw_pass(policy.row(), size, ms);
+        policy.costs.saw_pass(policy.row(), size, time_pass(pass_sizes[(size_t) size]));
     }
 }
 

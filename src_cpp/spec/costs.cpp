@@ -9,7 +9,7 @@ namespace {
 constexpr int32_t n_counted = 16;    // passes that a mean looks back on
 constexpr double n_fresh = 64;       // passes until what was seen then goes all the way along with plain passes
 constexpr int64_t kept_for = 1 << 9; // passes ago: what an earlier session saw
-constexpr int64_t plain_every = 256;
+constexpr int64_t plain_every = 256; // passes
 
 // A mean that forgets, and that a single hiccup of the machine cannot carry far.
 double moved(double mean, double seen, int32_t n) {
@@ -29,16 +29,15 @@ int32_t Costs::row_of(int64_t n) {
 // What was seen, at the pace of plain passes now; what is fresh stands by itself.
 double Costs::now(int32_t row, const Known & known) const {
     const double old = std::min(1.0, static_cast<double>(clock_ - known.last) / n_fresh);
-    const double plain = rows_[row].pass[0].ms;
-    return known.plain > 0 ? known.ms * (1 + old * (plain / known.plain - 1)) : known.ms;
+    return known.plain > 0 ? known.ms * (1 + old * (plain(row) / known.plain - 1)) : known.ms;
 }
 
 void Costs::see(int32_t row, Known & known, double ms) {
     const double mean = now(row, known);
     const Known & plain = rows_[row].pass[0];
     int32_t n = known.n;
-    if (!is_fresh(
-            known)) { // all of long ago counts no more than this; plain passes, whose pace all goes by, start anew
+    // All of long ago counts no more than this; plain passes, whose pace all goes by, start anew.
+    if (!is_fresh(known)) {
         const bool as_before = mean * 0.8 < ms && ms < mean * 1.25;
         n = std::min(n, &known == &plain && !as_before ? 0 : 1);
     }

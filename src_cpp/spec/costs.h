@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstddef>
 #include <cstdint>
 
 namespace pf {
@@ -14,13 +15,13 @@ namespace pf {
 constexpr std::array<int32_t, 12> pass_sizes = {1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64};
 constexpr int32_t n_pass_sizes = static_cast<int32_t>(pass_sizes.size());
 
-// The smallest of them that holds so many nodes.
+// The smallest of rising sizes that holds so many, else the largest.
+template <size_t n_sizes>
+int32_t size_of(const std::array<int32_t, n_sizes> & sizes, int32_t n) {
+    return static_cast<int32_t>(std::lower_bound(sizes.begin(), sizes.end() - 1, n) - sizes.begin());
+}
 inline int32_t pass_size_of(int32_t n_nodes) {
-    int32_t i = 0;
-    while (i + 1 < n_pass_sizes && pass_sizes[i] < n_nodes) {
-        ++i;
-    }
-    return i;
+    return size_of(pass_sizes, n_nodes);
 }
 
 // Depths that a draft is asked for: a block is computed whole, but what is not asked for needs no logits. The last stands
@@ -28,13 +29,8 @@ inline int32_t pass_size_of(int32_t n_nodes) {
 constexpr std::array<int32_t, 3> draft_sizes = {3, 7, 63};
 constexpr int32_t n_draft_sizes = static_cast<int32_t>(draft_sizes.size());
 
-// The size that asks for all of so many depths.
 inline int32_t draft_size_of(int32_t n_depth) {
-    int32_t i = 0;
-    while (i + 1 < n_draft_sizes && draft_sizes[i] < n_depth) {
-        ++i;
-    }
-    return i;
+    return size_of(draft_sizes, n_depth);
 }
 
 class Costs {
@@ -48,11 +44,12 @@ class Costs {
     static int32_t row_of(int64_t n);
     bool known(int32_t row, int32_t most) const; // for passes of at most so many nodes
     Row row(int32_t row) const;
+    double plain(int32_t row) const { return rows_[row].pass[0].ms; }
     // Whether the next pass should be a plain one: too long ago was the last, the yardstick of all.
     bool needs_plain(int32_t row) const;
 
-    // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time. n_drafts: of how many
-    // sizes there are drafts.
+    // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time without the building of
+    // a graph. n_drafts: of how many sizes there are drafts.
     // Passes take about as long as 20 plain steps and 0.2 s; what is left then is drawn through what was measured, and gives
     // way to the first step of its size.
     template <class TimePass, class TimeDraft>
@@ -94,7 +91,6 @@ void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && tim
     rows_[row] = {};
     double spent = 0;
     const auto least = [&](const auto & time) {
-        spent += time(); // the first builds a graph
         const double ms[2] = {time(), time()};
         spent += ms[0] + ms[1];
         return std::min(ms[0], ms[1]);

@@ -21,7 +21,7 @@ void Policy::begin(int64_t n) {
 }
 
 double Policy::price() const {
-    const double plain = 1 / costs.row(row_).pass[0];
+    const double plain = 1 / costs.plain(row_);
     return ms_ > 0 ? std::max(plain, tokens_ / ms_) : plain;
 }
 

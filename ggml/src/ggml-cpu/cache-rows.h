@@ -1,7 +1,7 @@
 // Rows of a KV cache as floats.
 //
-// Attention unpacks every key and value it looks at, and with few queries that is a large part of its time: the types that
-// caches come in have their own words on AVX-512, a vector of 16 at a time; all else goes through ggml's.
+// Attention unpacks every key and value it looks at, and with few queries that is a large part of its time: the types
+// that caches come in have their own words on AVX-512, a vector of 16 at a time; all else goes through ggml's.
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
@@ -20,57 +20,54 @@ static inline __m512 floats_of_bytes(__m128i x, __m512 scale) {
     return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), scale);
 }
 
-static inline bool unpack_cache_row(ggml_type type, const char * from, float * to, int64_t n) {
-    switch (type) {
-    case GGML_TYPE_F16:
-        for (int64_t i = 0; i < n; i += 16) {
-            _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + 2 * i))));
-        }
-        return true;
-    case GGML_TYPE_BF16:
-        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, to, n);
-        return true;
-    case GGML_TYPE_Q8_0: {
-        const block_q8_0 * block = (const block_q8_0 *) from;
-        for (int64_t i = 0; i < n; i += QK8_0, ++block) {
-            const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
-            const __m128i * codes = (const __m128i *) block->qs;
-            _mm512_storeu_ps(to + i, floats_of_bytes(_mm_loadu_si128(codes), d));
-            _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_loadu_si128(codes + 1), d));
-        }
-        return true;
-    }
-    case GGML_TYPE_Q4_0: { // low nibbles first, each less 8
-        const block_q4_0 * block = (const block_q4_0 *) from;
-        const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
-        for (int64_t i = 0; i < n; i += QK4_0, ++block) {
-            const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
-            const __m128i codes = _mm_loadu_si128((const __m128i *) block->qs);
-            const __m128i high = _mm_and_si128(_mm_srli_epi16(codes, 4), low);
-            _mm512_storeu_ps(to + i, floats_of_bytes(_mm_sub_epi8(_mm_and_si128(codes, low), eight), d));
-            _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_sub_epi8(high, eight), d));
-        }
-        return true;
-    }
-    default:
-        return false;
+static inline void unpack_f16(const ggml_fp16_t * from, float * to, int64_t n) { // a call costs a fifth more
+    for (int64_t i = 0; i < n; i += 16) {
+        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + i))));
     }
 }
 
-#else
-
-static inline bool unpack_cache_row(ggml_type type, const char * from, float * to, int64_t n) {
-    if (type == GGML_TYPE_F16) { // by this backend, which knows the processor
-        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, to, n);
-    } else if (type == GGML_TYPE_BF16) {
-        ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, to, n);
-    } else {
-        return false;
+static inline void unpack_q8_0(const block_q8_0 * block, float * to, int64_t n) {
+    for (int64_t i = 0; i < n; i += QK8_0, ++block) {
+        const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
+        const __m128i * codes = (const __m128i *) block->qs;
+        _mm512_storeu_ps(to + i, floats_of_bytes(_mm_loadu_si128(codes), d));
+        _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_loadu_si128(codes + 1), d));
     }
-    return true;
+}
+
+static inline void unpack_q4_0(const block_q4_0 * block, float * to, int64_t n) { // low nibbles first, each less 8
+    const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
+    for (int64_t i = 0; i < n; i += QK4_0, ++block) {
+        const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
+        const __m128i codes = _mm_loadu_si128((const __m128i *) block->qs);
+        const __m128i high = _mm_and_si128(_mm_srli_epi16(codes, 4), low);
+        _mm512_storeu_ps(to + i, floats_of_bytes(_mm_sub_epi8(_mm_and_si128(codes, low), eight), d));
+        _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_sub_epi8(high, eight), d));
+    }
 }
 
 #endif
+
+// A row of n values. What ggml does, this backend's ggml does, which knows the processor, where it has a word for it.
+static inline void unpack_cache_row(ggml_type type, const void * from, float * to, int64_t n) {
+    switch (type) {
+#if defined(__AVX512F__)
+    case GGML_TYPE_F16:
+        return unpack_f16((const ggml_fp16_t *) from, to, n);
+    case GGML_TYPE_Q8_0:
+        return unpack_q8_0((const block_q8_0 *) from, to, n);
+    case GGML_TYPE_Q4_0:
+        return unpack_q4_0((const block_q4_0 *) from, to, n);
+#else
+    case GGML_TYPE_F16:
+        return ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) from, to, n);
+#endif
+    case GGML_TYPE_BF16:
+        return ggml_cpu_bf16_to_fp32((const ggml_bf16_t *) from, to, n);
+    default:
+        ggml_get_type_traits(type)->to_float(from, to, n);
+    }
+}
 
 static inline bool unpacks_cache(ggml_type type) {
     return type == GGML_TYPE_F32 || ggml_get_type_traits(type)->to_float;
@@ -93,9 +90,7 @@ static inline const float * rows_of_cache(const ggml_tensor * t, int64_t head, i
         for (size_t line = 0; line < row_size; line += 64) {
             __builtin_prefetch(data + ahead * t->nb[1] + line, 0, 2);
         }
-        if (!unpack_cache_row(t->type, data, row, t->ne[0])) {
-            ggml_get_type_traits(t->type)->to_float(data, row, t->ne[0]);
-        }
+        unpack_cache_row(t->type, data, row, t->ne[0]);
     }
     return to;
 }
