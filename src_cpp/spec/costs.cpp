@@ -26,10 +26,16 @@ int32_t Costs::row_of(int64_t n) {
     return row;
 }
 
-// What was seen, at the pace of plain passes now; what is fresh stands by itself.
+// What was seen, at the pace of plain passes now; what is fresh stands by itself. Where they have become slower, so has all
+// else. Where they have become faster, a longer pass has by no more than they did: that may be weights that stay in the
+// processor's caches, which is nothing to one that is long because it computes.
 double Costs::now(int32_t row, const Known & known) const {
+    if (known.plain <= 0) {
+        return known.ms;
+    }
+    const double by = plain(row) - known.plain, in_step = by * known.ms / known.plain;
     const double old = std::min(1.0, static_cast<double>(clock_ - known.last) / n_fresh);
-    return known.plain > 0 ? known.ms * (1 + old * (plain(row) / known.plain - 1)) : known.ms;
+    return known.ms + old * std::max(by > 0 ? in_step : by, in_step);
 }
 
 void Costs::see(int32_t row, Known & known, double ms) {

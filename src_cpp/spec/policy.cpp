@@ -7,8 +7,9 @@ namespace pf {
 namespace {
 
 constexpr double fade = 0.98;         // of a step in the rate, from one to the next
-constexpr double spared = 0.01;       // of all time
-constexpr double most_spared = 4;     // plain steps' worth of it, or of what is wanted if that is more
+constexpr double spared = 0.01;       // of all time, for drafts that may not pay
+constexpr double measuring = 0.005;   // of all time, at most
+constexpr double reserve = 4;         // drafts' worth of what drafts gave beyond their time
 constexpr int64_t long_unused = 1000; // passes
 // More than a root must be worth so much more than its time: chances are means over text that was easier or harder, and a
 // pass of another size finds the processor's caches cold.
@@ -29,10 +30,10 @@ int32_t Policy::to_measure(int32_t most) {
     int64_t age = 0;
     const int32_t size = costs.stalest(row_, most, age);
     const double ms = costs.row(row_).pass[size];
-    if (age < long_unused || spare_ms_ < ms) {
+    if (age < long_unused || measuring * unmeasured_ms_ < ms) {
         return -1;
     }
-    spare_ms_ -= ms;
+    unmeasured_ms_ = 0;
     return size;
 }
 
@@ -83,26 +84,31 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
             most = profit(size);
         }
     }
-    const double lost = most - profit(full); // by a full one
-    if (!gain(full).known || best == full) {
+    const bool trusted = credit_ms_ >= 0;
+    if (!gain(full).known || (trusted && best == full)) {
         return full;
     }
-    if (spare_ms_ < lost) {
-        return best;
+    const double lost = trusted ? most - profit(full) : ms[(size_t) full]; // by a full one
+    if (spare_ms_ >= lost) {
+        spare_ms_ -= lost;
+        return full;
     }
-    spare_ms_ -= lost;
-    return full;
+    return trusted ? best : -1;
 }
 
 Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most) {
     drafted_ = size;
     const Choice best = choose(tree, most);
+    const double gained = std::max(0.0, best.value - without.value);
+    const auto ms = costs.row(row_).draft;
+    const double largest = *std::max_element(ms.begin(), ms.end());
+    credit_ms_ = std::clamp(credit_ms_ + gained / price() - ms[(size_t) size], -largest, reserve * largest);
     if (proposed) {
-        gain_[n_draft_sizes].saw(best.value - without.value);
+        gain_[n_draft_sizes].saw(gained);
         return best;
     }
     for (int32_t i = 0; i <= size; ++i) {
-        gain_[i].saw((i == size ? best : choose(tree, most, draft_sizes[i])).value - without.value);
+        gain_[i].saw(i == size ? gained : choose(tree, most, draft_sizes[i]).value - without.value);
     }
     return best;
 }
@@ -123,19 +129,18 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
         return;
     }
     const int32_t size = pass_size_of(n_nodes);
-    if (pass_sizes[size] == n_nodes) {
-        costs.saw_pass(row_, size, pass_ms);
+    if (draft_ms > 0) { // behind a draft a pass finds the processor's caches cold: that is the draft's doing
+        costs.saw_draft(row_, drafted_, std::max(draft_ms / 2, draft_ms + pass_ms - costs.row(row_).pass[size]));
     }
-    if (draft_ms > 0) {
-        costs.saw_draft(row_, drafted_, draft_ms);
+    if (pass_sizes[size] == n_nodes && (draft_ms == 0 || n_nodes > 1)) {
+        costs.saw_pass(row_, size, pass_ms);
     }
     const double ms = draft_ms + pass_ms;
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
-    const Costs::Row now = costs.row(row_);
-    const double most = std::max({most_spared * now.pass[0], *std::max_element(now.draft.begin(), now.draft.end()),
-                                  *std::max_element(now.pass.begin(), now.pass.end())});
-    spare_ms_ = std::min(spare_ms_ + spared * ms, most);
+    const auto draft = costs.row(row_).draft;
+    spare_ms_ = std::min(spare_ms_ + spared * ms, *std::max_element(draft.begin(), draft.end()));
+    unmeasured_ms_ += ms;
 }
 
 void Policy::save(double * out) const {

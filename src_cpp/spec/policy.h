@@ -5,7 +5,8 @@
 // most tokens expected less the price of its time: the average-reward rule of renewal processes. A draft is paid for before
 // its probabilities are seen; whether to draft, and how deep, goes by what drafts of each size were worth lately, which every
 // deeper draft tells too. Where another was worth more, or none its time, a full one is made now and then all the same, out
-// of a hundredth of the time that passes.
+// of a hundredth of the time that passes. What drafts give beyond their time is booked: when it is used up, those made to
+// look are the only ones until they have paid it back. So text that offers nothing costs little however often it seems to.
 #pragma once
 
 #include "costs.h"
@@ -52,7 +53,9 @@ class Policy {
     int32_t row_ = 0;
     int32_t drafted_ = 0;        // size of the step's draft
     double tokens_ = 0, ms_ = 0; // of the last steps, fading
-    double spare_ms_ = 0;        // for drafts and passes that teach more than they give
+    double spare_ms_ = 0;        // for drafts that teach more than they give
+    double unmeasured_ms_ = 0;   // since a pass was run to be measured
+    double credit_ms_ = 0;       // what drafts gave lately beyond their time
 
     // What a draft adds to a step, in tokens: of each size where nothing else was proposed, and of a full one where
     // something was.
