@@ -206,6 +206,13 @@ MOVED = (
         lambda s: 4 * s.channels * (2 * s.nodes + 2 * s.taps - 1),
     ),
     Moved(
+        "ssm_conv_tree_persist",
+        "conv_persist",
+        lambda s: s.n_layer,
+        "8 channels (taps - 1)",
+        lambda s: 8 * s.channels * (s.taps - 1),
+    ),
+    Moved(
         "gated_delta_net_tree",
         "delta_net_tree<128, 32>",
         lambda s: s.n_layer,

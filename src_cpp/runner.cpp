@@ -99,13 +99,6 @@ void Runner::commit(const int32_t * path, int32_t n_path, int32_t n_nodes, int64
 
 void Runner::fill_commit(const CommitInputs & in, int32_t n_nodes, const int32_t * path, int32_t n_path, int64_t n) {
     if (in.path) {
-        const int32_t taps = caches_.target.state_shape.conv_width - 1;
-        for (int32_t r = 0; r < taps; ++r) {
-            // New row r is entry n_path + r of (old rows, path).
-            const int32_t entry = n_path + r;
-            host(in.conv_tail)[r] = entry >= taps ? path[entry - taps] : 0;
-            host(in.conv_from)[r] = entry >= taps ? taps + r : entry;
-        }
         for (int32_t i = 0; i < n_nodes; ++i) {
             host(in.path)[i] = i < n_path ? path[i] : -1;
         }

@@ -46,15 +46,13 @@ class IndexBlock {
 };
 
 int64_t n_commit_indices(const StateShape & s, int64_t n_nodes, bool move_rows) {
-    return (s.n_recurrent > 0 ? n_nodes + 2 * (s.conv_width - 1) : 0) + (move_rows ? 2 * n_nodes : 0);
+    return (s.n_recurrent > 0 ? n_nodes : 0) + (move_rows ? 2 * n_nodes : 0);
 }
 
 CommitInputs commit_inputs(IndexBlock & indices, const StateShape & s, int64_t n_nodes, bool move_rows) {
     CommitInputs in;
     if (s.n_recurrent > 0) {
         in.path = indices.take(n_nodes);
-        in.conv_tail = indices.take(s.conv_width - 1);
-        in.conv_from = indices.take(s.conv_width - 1);
     }
     if (move_rows) {
         in.kv_from = indices.take(n_nodes);

@@ -69,6 +69,7 @@ FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "ggml_flash_attn_ext": (Pointer, [*[Pointer] * 5, *[ctypes.c_float] * 3]),
     "ggml_gated_delta_net": (Pointer, [*[Pointer] * 7, Int64]),
     "ggml_ssm_conv_tree": (Pointer, [Pointer] * 5),
+    "ggml_ssm_conv_tree_persist": (Pointer, [Pointer] * 4),
     "ggml_gated_delta_net_tree": (Pointer, [Pointer] * 8),
     "ggml_gated_delta_net_tree_out": (Pointer, [Pointer] * 2),
     "ggml_gated_delta_net_tree_delta": (Pointer, [Pointer] * 2),

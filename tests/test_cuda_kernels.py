@@ -25,6 +25,7 @@ from tests.ggml_ops import Ggml, Graph, TensorHead, library_folder
 from tests.test_step_ops import block_mask, run_block_mask, run_top_k, run_tree_mask, top_k, tree_mask
 from tests.test_tree_ops import (
     F32,
+    PATHS,
     SHAPES,
     Problem,
     ancestors,
@@ -34,10 +35,12 @@ from tests.test_tree_ops import (
     comb,
     convolve,
     delta_net_op,
+    last_columns,
     make,
     make_conv,
     replay,
     run_conv,
+    run_conv_persist,
     run_persist,
     run_tree,
     star,
@@ -302,6 +305,15 @@ def test_convolution_of_slices(cuda: EmulatedGgml) -> None:
         assert_close(graph.read(result, *x.shape), convolve(state, x, kernel, parent))
 
 
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("n_taps", [2, 4, 16])
+@pytest.mark.parametrize("channels", [1, 128, 300])
+def test_the_last_columns_stay(cuda: EmulatedGgml, path: list[int], n_taps: int, channels: int) -> None:
+    state, x, _ = make_conv(chain(20), channels, n_taps, channels)
+    for _ in cuda.orders():
+        assert np.array_equal(run_conv_persist(cuda, state, x, path), last_columns(state, x, path))
+
+
 # -- tree_mask and block_mask -------------------------------------------------------------------------------------
 
 
@@ -405,6 +417,8 @@ def check_conv(cuda: EmulatedGgml) -> None:
     operands = make_conv(comb(9), 130, 4, 0)
     for _ in cuda.orders():
         assert_close(run_conv(cuda, *operands, comb(9)), convolve(*operands, comb(9)))
+        state, x, _ = operands
+        assert np.array_equal(run_conv_persist(cuda, state, x, [0, 2, 4]), last_columns(state, x, [0, 2, 4]))
 
 
 def check_persist(cuda: EmulatedGgml) -> None:

@@ -28,10 +28,12 @@ from tests.test_tree_ops import (
     comb,
     convolve,
     delta_net_op,
+    last_columns,
     make,
     make_conv,
     replay,
     run_conv,
+    run_conv_persist,
     run_persist,
     run_tree,
 )
@@ -152,6 +154,14 @@ def test_convolution(cuda: EmulatedGgml, n_taps: int, channels: int, n: int) -> 
     operands = make_conv(comb(n), channels, n_taps, n)
     assert_close(run_conv(cuda, *operands, comb(n)), convolve(*operands, comb(n)))
     assert launched(cuda) == f"conv_tree<{4 if n_taps == 4 else 0}>"
+
+
+@pytest.mark.parametrize("n_taps", [2, 4, 16])
+@pytest.mark.parametrize("path", [[0], [-1, 99, 5, -5, 6], [*range(20)], [-1]])
+def test_the_last_columns_stay(cuda: EmulatedGgml, n_taps: int, path: list[int]) -> None:
+    state, x, _ = make_conv(chain(20), 130, n_taps, n_taps)
+    assert np.array_equal(run_conv_persist(cuda, state, x, path), last_columns(state, x, path))
+    assert launched(cuda) == "conv_persist"
 
 
 @pytest.mark.parametrize(("n", "n_kv", "n_nodes"), [(0, 256, 23), (250, 256, 9), (300, 2560, 64), (33, 77, 5)])

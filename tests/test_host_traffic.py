@@ -22,7 +22,6 @@ from tests.tiny_models import TinyDraft, TinyTarget
 
 F32, I32 = 4, 4  # bytes
 KV_GRANULE = 256
-CONV = 4  # width of the convolution, here and in the 27B
 BLOCK = 16
 
 TARGET = TinyTarget(n_ctx=4096)
@@ -74,20 +73,18 @@ class Formula:
     n_embd: int
     n_nodes: int  # of the verify pass, the root and pads included
     block: int = BLOCK  # 0: no drafter
-    conv: int = CONV
 
     @property
     def tree_embeddings(self) -> int:
         return F32 * self.n_embd * self.n_nodes
 
     def bytes_set(self, n_waiting: int, *, drafted: bool, moved: bool) -> int:
-        columns = 2 * (self.conv - 1)  # where the convolution's new columns come from
         total = self.tree_embeddings + I32 * (3 * self.n_nodes + 1)  # parent, position, KV row; n
         if self.block:
             total += I32 * self.n_nodes  # feature row
         if drafted:
             total += F32 * self.n_embd + I32 * (self.block + 1)  # the pending token, positions; n
-        total += I32 * (self.n_nodes + columns)  # the path, in the pass itself or in the commit
+        total += I32 * self.n_nodes  # the path, in the pass itself or in the commit
         if moved:
             total += I32 * 2 * self.n_nodes  # KV rows, from and to
         if drafted:
@@ -203,7 +200,7 @@ def test_the_27b_at_128k_stays_under_64_kib() -> None:
     formula = Formula(n_embd=5120, n_nodes=23)
     most = formula.bytes_set(BLOCK, drafted=True, moved=True) + formula.bytes_got(23, BLOCK - 1, 22)
     assert formula.tree_embeddings == 460 * 1024
-    assert most - formula.tree_embeddings == 24_236
+    assert most - formula.tree_embeddings == 24_212
 
 
 # -- graphs and memory ---------------------------------------------------------------------------------------------

@@ -207,6 +207,32 @@ def run_conv(
         return graph.read(result, *x.shape)
 
 
+def last_columns(state: np.ndarray, x: np.ndarray, path: list[int]) -> np.ndarray:
+    """What the convolution's state becomes, by definition."""
+    columns = [*state, *(x[node] for node in path if 0 <= node < len(x))]
+    return np.stack(columns[-len(state) :])
+
+
+def run_conv_persist(
+    ggml: Ggml, state: np.ndarray, x: np.ndarray, path: list[int], *, n_threads: int = 1
+) -> np.ndarray:
+    """State and x as slices of wider matrices, around which nothing changes; the state afterwards."""
+    with ggml.graph() as graph:
+        wide = [
+            np.concatenate([np.full((len(a), 3), np.nan, F32), a, np.full((len(a), 2), np.nan, F32)], 1)
+            for a in (state, x)
+        ]
+        tensors = [graph.tensor(a) for a in wide]
+        slices = [graph.view(t, a.shape, ((a.shape[1] + 5) * 4,), 12) for t, a in zip(tensors, (state, x), strict=True)]
+        advanced = graph.op("ggml_ssm_conv_tree_persist", *slices, graph.tensor(np.array(path, np.int32)))
+        assert graph.supported(advanced)
+        graph.compute(advanced, n_threads=n_threads)
+        after = graph.read(tensors[0], *wide[0].shape)
+        assert np.isnan(np.delete(after, np.s_[3:-2], 1)).all()
+        assert np.array_equal(graph.read(tensors[1], *wide[1].shape), wide[1], equal_nan=True), "x is only read"
+        return after[:, 3:-2]
+
+
 # -- gated_delta_net_tree -----------------------------------------------------------------------------------------
 
 SHAPES = {"chain": chain, "star": star, "comb": comb, "binary": binary, "forest": forest}
@@ -461,6 +487,21 @@ def test_convolution_of_slices(ggml: Ggml) -> None:
         result = graph.op("ggml_ssm_conv_tree", graph.tensor(state), rows, graph.tensor(kernel), graph.tensor(parent))
         graph.compute(result)
         assert_close(graph.read(result, *x.shape), convolve(state, x, kernel, parent))
+
+
+# -- ssm_conv_tree_persist ----------------------------------------------------------------------------------------
+
+PATHS = ([0], [0, 2], [0, 2, 4, 6, 8], [3, -1, -1], [-1, 99, 5, -5, 6], [*range(20)], [-1, -1], [99])
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("n_taps", [2, 3, 4, 16])
+def test_the_last_columns_stay(ggml: Ggml, path: list[int], n_taps: int) -> None:
+    for channels in (1, 63, 200):
+        state, x, _ = make_conv(chain(20), channels, n_taps, channels)
+        for n_threads in (1, 2, 3):
+            after = run_conv_persist(ggml, state, x, path, n_threads=n_threads)
+            assert np.array_equal(after, last_columns(state, x, path))
 
 
 # -- what the builders refuse -------------------------------------------------------------------------------------

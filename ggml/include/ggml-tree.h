@@ -1,7 +1,7 @@
 // The tree ops of this fork: recurrent layers evaluated over a tree of tokens, and what keeps a decode step on the device:
 // its attention masks and the few likeliest tokens of a row.
 //
-// Owns: the builders of six graph ops and the meaning of their operands, and the sealing of graphs. Refuses (GGML_ASSERT in the builder): wrong
+// Owns: the builders of seven graph ops and the meaning of their operands, and the sealing of graphs. Refuses (GGML_ASSERT in the builder): wrong
 // types or shapes, rows whose elements are not contiguous, head sizes that are not a multiple of 16.
 //
 // A tree is given by `parent`, i32 [N]: parent[i] < i is the node before node i, -1 is the committed state. A chain is
@@ -31,10 +31,19 @@ extern "C" {
 //   parent [N]              i32
 //   result [channels, N]    contiguous; no activation
 //
-// Any tree of any N. The state is only read: committing it is keeping the last K-1 columns along the accepted path.
+// Any tree of any N. The state is only read.
 GGML_API struct ggml_tensor * ggml_ssm_conv_tree(struct ggml_context * ctx, struct ggml_tensor * state,
                                                  struct ggml_tensor * x, struct ggml_tensor * kernel,
                                                  struct ggml_tensor * parent);
+
+// Advances the state in place along an accepted path: it becomes the last K-1 of (its columns, those of the path).
+//
+//   state  [channels, K-1]  any row stride; updated
+//   x      [channels, N]    as given to ggml_ssm_conv_tree
+//   path   [P]              i32, root first; entries outside 0 .. N-1 are skipped, so -1 pads it; P and N have no limit
+//   result a view of state: expand the graph with it
+GGML_API struct ggml_tensor * ggml_ssm_conv_tree_persist(struct ggml_context * ctx, struct ggml_tensor * state,
+                                                         struct ggml_tensor * x, struct ggml_tensor * path);
 
 // Gated delta rule along the tree. For value head h, key head h % Hk and node i with parent p (S_{-1} = state):
 //

@@ -43,6 +43,22 @@ struct ggml_tensor * ggml_ssm_conv_tree(struct ggml_context * ctx, struct ggml_t
     return result;
 }
 
+struct ggml_tensor * ggml_ssm_conv_tree_persist(struct ggml_context * ctx, struct ggml_tensor * state,
+                                                struct ggml_tensor * x, struct ggml_tensor * path) {
+    check_rows(state, 2);
+    check_rows(x, 2);
+    check_indices(path);
+    GGML_ASSERT(state->ne[0] == x->ne[0] && state->ne[1] < GGML_TREE_MAX_TAPS);
+
+    struct ggml_tensor * result = ggml_view_tensor(ctx, state);
+
+    result->op = GGML_OP_SSM_CONV_TREE_PERSIST;
+    result->src[0] = state;
+    result->src[1] = x;
+    result->src[2] = path;
+    return result;
+}
+
 struct ggml_tensor * ggml_gated_delta_net_tree(struct ggml_context * ctx, struct ggml_tensor * q,
                                                struct ggml_tensor * k, struct ggml_tensor * v, struct ggml_tensor * g,
                                                struct ggml_tensor * beta, struct ggml_tensor * state,

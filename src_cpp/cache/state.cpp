@@ -130,9 +130,7 @@ void State::save_tree(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_t
 void State::commit_recurrent(const GraphBuilder & b, int layer, ggml_tensor * x, ggml_tensor * key, ggml_tensor * delta,
                              ggml_tensor * g, const CommitInputs & in) const {
     b.keep(ggml_gated_delta_net_tree_persist(b.ctx, s[layer], key, delta, g, in.path));
-    ggml_tensor * tail = ggml_get_rows(b.ctx, x, in.conv_tail);    // [channels, K-1]
-    ggml_tensor * both = ggml_concat(b.ctx, conv[layer], tail, 1); // [channels, 2 (K-1)]
-    b.keep(ggml_cpy(b.ctx, ggml_get_rows(b.ctx, both, in.conv_from), conv[layer]));
+    b.keep(ggml_ssm_conv_tree_persist(b.ctx, conv[layer], x, in.path));
 }
 
 void State::commit_tree(const GraphBuilder & b, int n_nodes, const CommitInputs & in) const {

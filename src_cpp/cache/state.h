@@ -36,11 +36,9 @@ struct StateParams {
 
 // Index tensors of a commit, filled from an accepted path.
 struct CommitInputs {
-    ggml_tensor * path = nullptr;      // [N] i32, node indices root first, -1 pads
-    ggml_tensor * conv_tail = nullptr; // [K-1] i32, the nodes that may become convolution columns
-    ggml_tensor * conv_from = nullptr; // [K-1] i32, rows of (old state | tail) that the new state takes
-    ggml_tensor * kv_from = nullptr;   // [N] i32 rows; null when nothing moves
-    ggml_tensor * kv_to = nullptr;     // [N] i32
+    ggml_tensor * path = nullptr;    // [N] i32, node indices root first, -1 pads
+    ggml_tensor * kv_from = nullptr; // [N] i32 rows; null when nothing moves
+    ggml_tensor * kv_to = nullptr;   // [N] i32
 };
 
 class State {

@@ -92,6 +92,33 @@ void conv_tree(const ggml_compute_params * params, ggml_tensor * dst) {
     }
 }
 
+// -------------------------------------------------------------------------------------- ggml_ssm_conv_tree_persist
+
+void conv_tree_persist(const ggml_compute_params * params, ggml_tensor * dst) {
+    const ggml_tensor * x = dst->src[1];
+    const ggml_tensor * path = dst->src[2];
+
+    const int n_rows = (int) dst->ne[1];
+    int32_t last[GGML_TREE_MAX_TAPS]; // of the path, backwards
+    int n_new = 0;
+    for (int64_t i = path->ne[0]; i-- > 0 && n_new < n_rows;) {
+        const int32_t node = ((const int32_t *) path->data)[i];
+        if (node >= 0 && node < x->ne[1]) {
+            last[n_new++] = node;
+        }
+    }
+    Range share = thread_share(params, pad(dst->ne[0], 64) / 64);
+    share = {share.begin * 64, std::min(share.end * 64, dst->ne[0])};
+    if (n_new == 0 || share.begin >= share.end) {
+        return;
+    }
+    for (int row = 0; row < n_rows; ++row) {
+        const int from = row + n_new;
+        const float * source = from < n_rows ? row_of(dst, from) : row_of(x, last[n_rows - 1 - row]);
+        memcpy(row_of(dst, row) + share.begin, source + share.begin, (share.end - share.begin) * sizeof(float));
+    }
+}
+
 // --------------------------------------------------------------------------------------- ggml_gated_delta_net_tree
 
 // S[c] += over the nodes: S [n_columns, d] = scale S + x^T k, x [n, ldx] (already weighted), k [n, d]
@@ -431,6 +458,7 @@ size_t ggml_tree_op_work_size(const ggml_tensor * node, int n_tasks) {
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         PersistWork(count, node);
         break;
+    case GGML_OP_SSM_CONV_TREE_PERSIST:
     case GGML_OP_TREE_MASK:
     case GGML_OP_BLOCK_MASK:
         break;
@@ -446,6 +474,9 @@ void ggml_compute_forward_tree_op(const ggml_compute_params * params, ggml_tenso
     switch (dst->op) {
     case GGML_OP_SSM_CONV_TREE:
         conv_tree(params, dst);
+        break;
+    case GGML_OP_SSM_CONV_TREE_PERSIST:
+        conv_tree_persist(params, dst);
         break;
     case GGML_OP_GATED_DELTA_NET_TREE:
         delta_net_tree(params, dst);

@@ -1,4 +1,5 @@
-// ggml_ssm_conv_tree: depthwise causal convolution along the tree (contract in ggml-tree.h).
+// ggml_ssm_conv_tree, the depthwise causal convolution along the tree, and ggml_ssm_conv_tree_persist, which keeps the last
+// columns of the accepted path (contracts in ggml-tree.h).
 //
 // One thread owns one channel and keeps its taps in registers; a block covers 128 channels of up to 8 nodes. Which
 // column each tap of a node meets is the same for all channels: the block's first threads walk the parents once and
@@ -77,7 +78,78 @@ __global__ void __launch_bounds__(n_threads) conv_tree(const conv_args a) {
     }
 }
 
+struct conv_persist_args {
+    float * state;        // [rows, channels]
+    const float * x;      // [n, channels]
+    const int32_t * path; // [n_path]
+    int64_t state_row;    // strides in floats
+    int64_t x_row;
+    int64_t channels;
+    int64_t n, n_path;
+    int n_rows;
+};
+
+// A thread owns a channel, reads what its column becomes and then writes it. The path is walked from its end.
+__global__ void __launch_bounds__(n_threads) conv_persist(const conv_persist_args a) {
+    __shared__ int64_t last[GGML_TREE_MAX_TAPS]; // rows of x, backwards
+    __shared__ int n_new;
+
+    ggml_cuda_pdl_sync();
+
+    if (threadIdx.x == 0) {
+        int n = 0;
+        for (int64_t i = a.n_path - 1; i >= 0 && n < a.n_rows; --i) {
+            const int32_t node = a.path[i];
+            if (node >= 0 && node < a.n) {
+                last[n++] = node;
+            }
+        }
+        n_new = n;
+    }
+    __syncthreads();
+
+    const int64_t c = (int64_t) blockIdx.x * n_threads + threadIdx.x;
+    if (c >= a.channels || n_new == 0) {
+        return;
+    }
+    float column[GGML_TREE_MAX_TAPS];
+#pragma unroll
+    for (int row = 0; row < GGML_TREE_MAX_TAPS; ++row) {
+        if (row < a.n_rows) {
+            const int from = row + n_new;
+            column[row] =
+                from < a.n_rows ? a.state[from * a.state_row + c] : a.x[last[a.n_rows - 1 - row] * a.x_row + c];
+        }
+    }
+#pragma unroll
+    for (int row = 0; row < GGML_TREE_MAX_TAPS; ++row) {
+        if (row < a.n_rows) {
+            a.state[row * a.state_row + c] = column[row];
+        }
+    }
+}
+
 } // namespace
+
+void ggml_cuda_op_ssm_conv_tree_persist(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * x = dst->src[1];
+    const ggml_tensor * path = dst->src[2];
+
+    conv_persist_args a = {};
+    a.state = (float *) dst->data;
+    a.x = (const float *) x->data;
+    a.path = (const int32_t *) path->data;
+    a.state_row = floats(dst->nb[1]);
+    a.x_row = floats(x->nb[1]);
+    a.channels = dst->ne[0];
+    a.n = x->ne[1];
+    a.n_path = path->ne[0];
+    a.n_rows = (int) dst->ne[1];
+
+    const dim3 grid((a.channels + n_threads - 1) / n_threads);
+    const ggml_cuda_kernel_launch_params launch(grid, dim3(n_threads), (size_t) 0, ctx.stream());
+    ggml_cuda_kernel_launch(conv_persist, launch, a);
+}
 
 void ggml_cuda_op_ssm_conv_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * state = dst->src[0];

@@ -13,6 +13,8 @@ bool ggml_cuda_tree_op_supported(const ggml_tensor * op) {
     case GGML_OP_BLOCK_MASK:
     case GGML_OP_TOP_K_LOGP:
         return op->ne[1] <= max_grid_y;
+    case GGML_OP_SSM_CONV_TREE_PERSIST:
+        return true;
     case GGML_OP_GATED_DELTA_NET_TREE:
     case GGML_OP_GATED_DELTA_NET_TREE_PERSIST:
         return is_head_size(op->src[1]->ne[0]) && op->src[2]->ne[1] <= max_grid_y;
@@ -25,6 +27,9 @@ void ggml_cuda_tree_op(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (dst->op) {
     case GGML_OP_SSM_CONV_TREE:
         ggml_cuda_op_ssm_conv_tree(ctx, dst);
+        break;
+    case GGML_OP_SSM_CONV_TREE_PERSIST:
+        ggml_cuda_op_ssm_conv_tree_persist(ctx, dst);
         break;
     case GGML_OP_GATED_DELTA_NET_TREE:
         ggml_cuda_op_gated_delta_net_tree(ctx, dst);
