@@ -1,8 +1,9 @@
 // The tree ops of this fork: recurrent layers evaluated over a tree of tokens, and what keeps a decode step on the device:
 // its attention masks and the few likeliest tokens of a row.
 //
-// Owns: the builders of seven graph ops and the meaning of their operands, and the sealing of graphs. Refuses (GGML_ASSERT in the builder): wrong
-// types or shapes, rows whose elements are not contiguous, head sizes that are not a multiple of 16.
+// Owns: the builders of seven graph ops and the meaning of their operands, and the sealing of graphs. Refuses
+// (GGML_ASSERT in the builder): wrong types or shapes, rows whose elements are not contiguous, head sizes that are not a
+// multiple of 16.
 //
 // A tree is given by `parent`, i32 [N]: parent[i] < i is the node before node i, -1 is the committed state. A chain is
 // parent[i] = i - 1. A pad is a node with parent -1 that nobody descends from: it yields finite values nobody reads and
