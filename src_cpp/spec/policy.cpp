@@ -6,8 +6,11 @@
 namespace pf {
 namespace {
 
-constexpr double fade = 0.98;         // of a step in the rate, from one to the next
-constexpr double spared = 0.01;       // of all time, for drafts that may not pay
+constexpr double fade = 0.98;     // of a step in the rate, from one to the next
+constexpr double spared = 0.01;   // of all time, for drafts that may not pay
+constexpr double most_spared = 2; // drafts' worth of it; as much has come together where the target was never sure
+constexpr double n_lately = 4, n_usually = 256; // tokens
+constexpr double unsure = 0.5;        // of how unsure the target usually is: where drafts that may not pay are made
 constexpr double measuring = 0.005;   // of all time, at most
 constexpr double reserve = 4;         // drafts' worth of what drafts gave beyond their time
 constexpr int64_t long_unused = 1000; // passes
@@ -89,7 +92,8 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
         return full;
     }
     const double lost = trusted ? most - profit(full) : ms[(size_t) full]; // by a full one
-    if (spare_ms_ >= lost) {
+    const bool sure = 1 - lately_ < unsure * (1 - usually_);
+    if (spare_ms_ >= (sure ? lost : most_spared * *std::max_element(ms.begin(), ms.end()))) {
         spare_ms_ -= lost;
         return full;
     }
@@ -111,6 +115,11 @@ Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & witho
         gain_[i].saw(i == size ? gained : choose(tree, most, draft_sizes[i]).value - without.value);
     }
     return best;
+}
+
+void Policy::saw_target(double logp) {
+    lately_ += (std::exp(logp) - lately_) / n_lately;
+    usually_ += (std::exp(logp) - usually_) / n_usually;
 }
 
 void Policy::Gain::saw(double tokens) {
@@ -139,7 +148,7 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
     const auto draft = costs.row(row_).draft;
-    spare_ms_ = std::min(spare_ms_ + spared * ms, *std::max_element(draft.begin(), draft.end()));
+    spare_ms_ = std::min(spare_ms_ + spared * ms, most_spared * *std::max_element(draft.begin(), draft.end()));
     unmeasured_ms_ += ms;
 }
 

@@ -5,8 +5,9 @@
 // most tokens expected less the price of its time: the average-reward rule of renewal processes. A draft is paid for before
 // its probabilities are seen; whether to draft, and how deep, goes by what drafts of each size were worth lately, which every
 // deeper draft tells too. Where another was worth more, or none its time, a full one is made now and then all the same, out
-// of a hundredth of the time that passes. What drafts give beyond their time is booked: when it is used up, those made to
-// look are the only ones until they have paid it back. So text that offers nothing costs little however often it seems to.
+// of a hundredth of the time that passes, and where the target is surer than usual: what is easy for it is easy for its
+// drafter. What drafts give beyond their time is booked: when it is used up, those made to look are the only ones until they
+// have paid it back. So text that offers nothing costs little however often it seems to.
 #pragma once
 
 #include "costs.h"
@@ -39,6 +40,8 @@ class Policy {
     Choice drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most);
     // Time that drafting took besides, for what had waited until then.
     void paid(double ms) { spare_ms_ = std::max(0.0, spare_ms_ - ms); }
+    // The target's likeliest token had this log-probability.
+    void saw_target(double logp);
     // The step gave so many tokens in so many milliseconds. n_nodes: of its pass with pads. typical: it did nothing that
     // others do not, such as building a graph.
     void finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double pass_ms, bool typical);
@@ -51,11 +54,12 @@ class Policy {
     double price() const; // tokens a millisecond
 
     int32_t row_ = 0;
-    int32_t drafted_ = 0;        // size of the step's draft
-    double tokens_ = 0, ms_ = 0; // of the last steps, fading
-    double spare_ms_ = 0;        // for drafts that teach more than they give
-    double unmeasured_ms_ = 0;   // since a pass was run to be measured
-    double credit_ms_ = 0;       // what drafts gave lately beyond their time
+    int32_t drafted_ = 0;             // size of the step's draft
+    double tokens_ = 0, ms_ = 0;      // of the last steps, fading
+    double lately_ = 0, usually_ = 0; // how likely the target's likeliest token was
+    double spare_ms_ = 0;             // for drafts that teach more than they give
+    double unmeasured_ms_ = 0;        // since a pass was run to be measured
+    double credit_ms_ = 0;            // what drafts gave lately beyond their time
 
     // What a draft adds to a step, in tokens: of each size where nothing else was proposed, and of a full one where
     // something was.
