@@ -251,7 +251,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
             [&](int32_t node) {
                 if (reads_logits) {
                     runner_.read(verified.logits, node, 1, logits_.data());
-                    if (searches_) {
+                    if (searches_ && node == 0) {
                         experience_.policy.saw_target(-LogSoftmax(logits_.data(), target_->n_vocab).log_sum);
                     }
                     return chooser_.choose(logits_.data(), n_ + tree_.depth[node] + 1, constraint);
@@ -260,9 +260,11 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
                 if (token < 0) {
                     throw_unusable("the model");
                 }
-                float logp;
-                std::memcpy(&logp, &choice_[(size_t) (2 * node + 1)], sizeof logp);
-                experience_.policy.saw_target(logp);
+                if (searches_ && node == 0) {
+                    float logp;
+                    std::memcpy(&logp, &choice_[1], sizeof logp);
+                    experience_.policy.saw_target(logp);
+                }
                 return token;
             },
             [&](int32_t token) { return std::find(stop_ids_.begin(), stop_ids_.end(), token) != stop_ids_.end(); },

@@ -120,14 +120,18 @@ void Costs::fill(int32_t row) {
     }
 }
 
+// As they were seen, with the plain passes of then: at today's pace they would be taken along from pace to pace.
 void Costs::save(double * out) const {
-    for (int32_t row = 0; row < n_rows; ++row) {
-        const Row now = this->row(row);
-        out = std::copy(now.pass.begin(), now.pass.end(), out);
-        for (const Known & known : rows_[row].pass) {
+    for (const Steps & steps : rows_) {
+        for (const Known & known : steps.pass) {
+            *out++ = known.ms;
+            *out++ = known.plain;
             *out++ = known.n;
         }
-        out = std::copy(now.draft.begin(), now.draft.end(), out);
+        for (const Known & known : steps.draft) {
+            *out++ = known.ms;
+            *out++ = known.plain;
+        }
     }
 }
 
@@ -139,22 +143,18 @@ bool Costs::load(const double * values) {
         const bool is_known = values[0] > 0;
         for (Known & known : steps.pass) {
             known.ms = *values++;
-            if (!is_time(known.ms) || (known.ms > 0) != is_known) {
-                return false;
-            }
-        }
-        for (Known & known : steps.pass) {
+            known.plain = *values++;
             const double n = *values++;
-            if (!(n >= 0 && n <= n_counted)) {
+            if (!is_time(known.ms) || !is_time(known.plain) || (known.ms > 0) != is_known ||
+                !(n >= 0 && n <= n_counted)) {
                 return false;
             }
             known.n = (int32_t) n;
-            known.plain = steps.pass[0].ms;
         }
         for (Known & known : steps.draft) {
             known.ms = *values++;
-            known.plain = steps.pass[0].ms;
-            if (!is_time(known.ms)) {
+            known.plain = *values++;
+            if (!is_time(known.ms) || !is_time(known.plain)) {
                 return false;
             }
         }

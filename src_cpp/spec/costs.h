@@ -62,7 +62,7 @@ class Costs {
     int32_t stalest(int32_t row, int32_t most, int64_t & age) const;
 
     static constexpr int32_t n_rows = 10; // up to 1,024 tokens, 2,048, ...
-    static constexpr int32_t n_values = n_rows * (2 * n_pass_sizes + n_draft_sizes);
+    static constexpr int32_t n_values = n_rows * (3 * n_pass_sizes + 2 * n_draft_sizes);
     void save(double * out) const;
     bool load(const double * values); // false, and nothing has changed: they are no costs
 

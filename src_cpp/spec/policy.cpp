@@ -8,14 +8,15 @@ namespace {
 
 constexpr double fade = 0.98;     // of a step in the rate, from one to the next
 constexpr double spared = 0.01;   // of all time, for drafts that may not pay
-constexpr double most_spared = 2; // drafts' worth of it; as much has come together where the target was never sure
-constexpr double n_lately = 4, n_usually = 256; // tokens
-constexpr double unsure = 0.5;        // of how unsure the target usually is: where drafts that may not pay are made
-constexpr double measuring = 0.005;   // of all time, at most
-constexpr double reserve = 4;         // drafts' worth of what drafts gave beyond their time
-constexpr int64_t long_unused = 1000; // passes
+constexpr double most_spared = 2; // drafts' worth of it; as much has come together where nothing was easy
+constexpr int64_t n_lately = 4, n_usually = 256; // passes
+constexpr double n_behind = 16;                  // drafts
+constexpr double unsure = 0.5;                   // of how unsure the target usually is, for a text that is easy
+constexpr double measuring = 0.005;              // of all time, at most
+constexpr double reserve = 4;                    // drafts' worth of what drafts gave beyond their time
+constexpr int64_t long_unused = 1000;            // passes
 // More than a root must be worth so much more than its time: chances are means over text that was easier or harder, and a
-// pass of another size finds the processor's caches cold.
+// pass of another size than the last finds the caches cold, whatever made it another.
 constexpr double caution = 1.05;
 
 } // namespace
@@ -73,12 +74,24 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth
     return best;
 }
 
+// What drafts take, with what the pass behind one takes more than it would without: other things are in the processor's
+// caches then.
+Policy::DraftCosts Policy::draft_costs() const {
+    DraftCosts costs_of;
+    costs_of.ms = costs.row(row_).draft;
+    for (double & ms : costs_of.ms) {
+        ms += std::max(0.0, behind_ms_);
+    }
+    costs_of.largest = *std::max_element(costs_of.ms.begin(), costs_of.ms.end());
+    return costs_of;
+}
+
 int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
     const int32_t full = n_sizes - 1;
-    const auto ms = costs.row(row_).draft;
+    const auto [ms, largest] = draft_costs();
     const double ms_price = price();
     const auto gain = [&](int32_t size) -> const Gain & { return gain_[proposed ? n_draft_sizes : size]; };
-    const auto profit = [&](int32_t size) { return gain(size).mean / ms_price - ms[size]; }; // milliseconds
+    const auto profit = [&, &ms = ms](int32_t size) { return gain(size).mean / ms_price - ms[(size_t) size]; };
     int32_t best = -1;
     double most = 0;
     for (int32_t size = proposed ? full : 0; size <= full; ++size) {
@@ -92,8 +105,8 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
         return full;
     }
     const double lost = trusted ? most - profit(full) : ms[(size_t) full]; // by a full one
-    const bool sure = 1 - lately_ < unsure * (1 - usually_);
-    if (spare_ms_ >= (sure ? lost : most_spared * *std::max_element(ms.begin(), ms.end()))) {
+    const bool easy = 1 - lately_ < unsure * (1 - usually_);
+    if (spare_ms_ >= (easy ? lost : most_spared * largest)) {
         spare_ms_ -= lost;
         return full;
     }
@@ -103,29 +116,34 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
 Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most) {
     drafted_ = size;
     const Choice best = choose(tree, most);
-    const double gained = std::max(0.0, best.value - without.value);
-    const auto ms = costs.row(row_).draft;
-    const double largest = *std::max_element(ms.begin(), ms.end());
-    credit_ms_ = std::clamp(credit_ms_ + gained / price() - ms[(size_t) size], -largest, reserve * largest);
+    const auto [ms, largest] = draft_costs();
+    const double ms_price = price();
+    double earned = -largest; // by the size that would have been best: full ones are made for what they tell of all
+    const auto saw = [&, &ms = ms](Gain & gain, int32_t i, const Choice & choice) {
+        const double tokens = std::max(0.0, choice.value - without.value);
+        gain.saw(tokens);
+        earned = std::max(earned, tokens / ms_price - ms[(size_t) i]);
+    };
     if (proposed) {
-        gain_[n_draft_sizes].saw(gained);
-        return best;
+        saw(gain_[n_draft_sizes], size, best);
     }
-    for (int32_t i = 0; i <= size; ++i) {
-        gain_[i].saw(i == size ? gained : choose(tree, most, draft_sizes[i]).value - without.value);
+    for (int32_t i = 0; i <= size && !proposed; ++i) {
+        saw(gain_[i], i, i == size ? best : choose(tree, most, draft_sizes[(size_t) i]));
     }
+    credit_ms_ = std::clamp(credit_ms_ + earned, -largest, reserve * largest);
     return best;
 }
 
 void Policy::saw_target(double logp) {
-    lately_ += (std::exp(logp) - lately_) / n_lately;
-    usually_ += (std::exp(logp) - usually_) / n_usually;
+    ++n_targets_;
+    lately_ += (std::exp(logp) - lately_) / std::min(n_targets_, n_lately);
+    usually_ += (std::exp(logp) - usually_) / std::min(n_targets_, n_usually);
 }
 
 void Policy::Gain::saw(double tokens) {
     // Text changes: the longer ago the last draft was, the less it still says.
     const double weight = known ? std::clamp(tokens_since / 64.0, 0.25, 0.5) : 1;
-    mean += weight * (std::max(0.0, tokens) - mean);
+    mean += weight * (tokens - mean);
     known = true;
     tokens_since = 0;
 }
@@ -138,17 +156,20 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
         return;
     }
     const int32_t size = pass_size_of(n_nodes);
-    if (draft_ms > 0) { // behind a draft a pass finds the processor's caches cold: that is the draft's doing
-        costs.saw_draft(row_, drafted_, std::max(draft_ms / 2, draft_ms + pass_ms - costs.row(row_).pass[size]));
+    double alone_ms = pass_ms; // what the pass takes without a draft before it
+    if (draft_ms > 0) {
+        const double most = costs.row(row_).pass[(size_t) size]; // a hiccup goes no further
+        behind_ms_ += (std::clamp(pass_ms - most, -most, most) - behind_ms_) / n_behind;
+        alone_ms = std::max(pass_ms / 2, pass_ms - behind_ms_);
+        costs.saw_draft(row_, drafted_, draft_ms);
     }
-    if (pass_sizes[size] == n_nodes && (draft_ms == 0 || n_nodes > 1)) {
-        costs.saw_pass(row_, size, pass_ms);
+    if (pass_sizes[size] == n_nodes) {
+        costs.saw_pass(row_, size, alone_ms);
     }
     const double ms = draft_ms + pass_ms;
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
-    const auto draft = costs.row(row_).draft;
-    spare_ms_ = std::min(spare_ms_ + spared * ms, most_spared * *std::max_element(draft.begin(), draft.end()));
+    spare_ms_ = std::min(spare_ms_ + spared * ms, most_spared * draft_costs().largest);
     unmeasured_ms_ += ms;
 }
 

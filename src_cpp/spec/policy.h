@@ -4,8 +4,8 @@
 // millisecond is worth the tokens that it gave lately (at least those of plain decoding), and each choice is made for the
 // most tokens expected less the price of its time: the average-reward rule of renewal processes. A draft is paid for before
 // its probabilities are seen; whether to draft, and how deep, goes by what drafts of each size were worth lately, which every
-// deeper draft tells too. Where another was worth more, or none its time, a full one is made now and then all the same, out
-// of a hundredth of the time that passes, and where the target is surer than usual: what is easy for it is easy for its
+// deeper draft tells too. Where another was worth more, or none its time, a full one is made now and then all the same, for a
+// hundredth of the time that passes, and where the target is surer than usual: what is easy for it is easy for its
 // drafter. What drafts give beyond their time is booked: when it is used up, those made to look are the only ones until they
 // have paid it back. So text that offers nothing costs little however often it seems to.
 #pragma once
@@ -40,7 +40,7 @@ class Policy {
     Choice drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most);
     // Time that drafting took besides, for what had waited until then.
     void paid(double ms) { spare_ms_ = std::max(0.0, spare_ms_ - ms); }
-    // The target's likeliest token had this log-probability.
+    // The target's likeliest token behind what was pending had this log-probability.
     void saw_target(double logp);
     // The step gave so many tokens in so many milliseconds. n_nodes: of its pass with pads. typical: it did nothing that
     // others do not, such as building a graph.
@@ -52,10 +52,17 @@ class Policy {
 
   private:
     double price() const; // tokens a millisecond
+    struct DraftCosts {
+        std::array<double, n_draft_sizes> ms;
+        double largest;
+    };
+    DraftCosts draft_costs() const;
 
     int32_t row_ = 0;
     int32_t drafted_ = 0;             // size of the step's draft
     double tokens_ = 0, ms_ = 0;      // of the last steps, fading
+    double behind_ms_ = 0;            // what a pass takes more behind a draft than without
+    int64_t n_targets_ = 0;           // passes of which was seen
     double lately_ = 0, usually_ = 0; // how likely the target's likeliest token was
     double spare_ms_ = 0;             // for drafts that teach more than they give
     double unmeasured_ms_ = 0;        // since a pass was run to be measured
