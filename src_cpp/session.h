@@ -140,7 +140,7 @@ class Session {
     Nodes nodes_;                  // work memory, sized once
     std::vector<int32_t> top_ids_; // [n_depth, n_rank], what was drafted
     std::vector<float> top_logp_;
-    std::vector<int32_t> choice_; // [N, 2], greedy: the likeliest token at each node
+    std::vector<int32_t> choice_; // [N, 2], greedy: the likeliest token at each node, and its log-probability's bits
     std::vector<float> logits_;   // [n_vocab], once choosing has read them: of the node being visited
 };
 

@@ -15,7 +15,7 @@ import pytest
 import pydflash
 from pydflash import Session
 from pydflash._lib import ffi, lib
-from pydflash.bench import answers
+from tests.tiny_models import to_f32
 
 PROMPTS = [p["text"] for p in json.loads((Path(__file__).parent / "data/heldout_prompts.json").read_text())["prompts"]]
 GREEDY: dict[str, Any] = {"max_tokens": 48, "ignore_eos": True}
@@ -47,14 +47,16 @@ def test_is_the_default(session: Session) -> None:
 def test_trees_keep_what_they_promise(session: Session) -> None:
     """Within a twentieth and two standard errors, on prompts that nothing was learned from, where drafts are
     taken to cost nothing and passes over trees half of a plain one, so that nearly every step drafts."""
-    promised, kept = [], []
+    promised, kept, drafted, steps = [], [], 0, 0
     for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[61::2]]):
         believe(session, passes=[100.0, *[50.0] * 11], drafts=1e-3)
         stats = session.generate(prompt, budget="auto", **GREEDY).stats
         if i >= 30:
             assert stats.n_drafted > 3 * stats.n_steps
+            drafted, steps = drafted + stats.n_drafted, steps + stats.n_steps
             promised.append(stats.mean_expected * stats.n_steps)
             kept.append(stats.n_generated)
+    assert drafted > 5 * steps
     error = np.std(np.subtract(promised, kept)) * len(kept) ** 0.5
     assert abs(sum(promised) - sum(kept)) < 0.05 * sum(kept) + 2 * error
     believe(session, passes=0, drafts=0, n_seen=0)  # nothing is known
@@ -108,15 +110,12 @@ def test_a_drafter_that_is_never_right_is_hardly_asked(session: Session, tmp_pat
     noise = np.random.default_rng(1).normal(0, 0.05, (len(weights) - start) // 2).astype(np.float32)
     weights[start:] = (noise.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16
     (draft / "model.safetensors").write_bytes(weights)
-    with Session(pydflash.models.target_path(), draft, kv_type="f32", n_ctx=2048, n_threads=1, copying=False) as noisy:
+    target = to_f32(pydflash.models.target_path(), tmp_path / "target.gguf")  # so that passes of all sizes agree
+    with Session(target, draft, kv_type="f32", n_ctx=2048, n_threads=1, copying=False) as noisy:
         settings: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
         noisy.generate(PROMPTS[0], **settings)
         result = noisy.generate(PROMPTS[1], **settings)
-        plain = noisy.generate(PROMPTS[1], budget=0, **settings)
-        asked: dict[str, Any] = {"category": "", "number": 1, "depth": 0, "temperature": 0.0, "seed": 0}
-        tie = answers.largest_tie(noisy, pydflash.models.target_path())
-        prompt = noisy._need_tokenizer().encode(PROMPTS[1])
-        answers.compare(noisy, prompt, plain.ids, {"auto": result.ids}, **asked, tie=tie)
+        assert result.ids == noisy.generate(PROMPTS[1], budget=0, **settings).ids
         assert result.stats.ms["draft"] < 0.03 * sum(result.stats.ms.values())
 
 

@@ -6,18 +6,23 @@
 namespace pf {
 namespace {
 
-constexpr double fade = 0.98;     // of a step in the rate, from one to the next
-constexpr double spared = 0.01;   // of all time, for drafts that may not pay
-constexpr double most_spared = 2; // drafts' worth of it; as much has come together where nothing was easy
-constexpr int64_t n_lately = 4, n_usually = 256; // passes
-constexpr double n_behind = 16;                  // drafts
-constexpr double unsure = 0.5;                   // of how unsure the target usually is, for a text that is easy
-constexpr double measuring = 0.005;              // of all time, at most
-constexpr double reserve = 4;                    // drafts' worth of what drafts gave beyond their time
-constexpr int64_t long_unused = 1000;            // passes
+constexpr double fade = 0.98;         // of a step in the rate, from one to the next
+constexpr double n_behind = 16;       // drafts that the mean of what they do to passes looks back on
+constexpr double reserve = 4;         // drafts' worth of what drafts gave beyond their time
+constexpr double spared = 0.01;       // of all time, for drafts that may not pay
+constexpr double most_spared = 2;     // drafts' worth of it; as much has come together where nothing was easy
+constexpr double unsure = 0.5;        // of how unsure the target usually is, for a text that is easy
+constexpr int64_t n_lately = 4;       // passes
+constexpr int64_t n_usually = 256;    // passes
+constexpr double measuring = 0.005;   // of all time, at most
+constexpr int64_t long_unused = 1000; // passes
 // More than a root must be worth so much more than its time: chances are means over text that was easier or harder, and a
 // pass of another size than the last finds the caches cold, whatever made it another.
 constexpr double caution = 1.05;
+
+double largest(const std::array<double, n_draft_sizes> & ms) {
+    return *std::max_element(ms.begin(), ms.end());
+}
 
 } // namespace
 
@@ -77,21 +82,19 @@ Policy::Choice Policy::choose(const Tree & tree, int32_t most, int32_t max_depth
 // What drafts take, with what the pass behind one takes more than it would without: other things are in the processor's
 // caches then.
 Policy::DraftCosts Policy::draft_costs() const {
-    DraftCosts costs_of;
-    costs_of.ms = costs.row(row_).draft;
-    for (double & ms : costs_of.ms) {
+    DraftCosts draft = costs.row(row_).draft;
+    for (double & ms : draft) {
         ms += std::max(0.0, behind_ms_);
     }
-    costs_of.largest = *std::max_element(costs_of.ms.begin(), costs_of.ms.end());
-    return costs_of;
+    return draft;
 }
 
 int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
     const int32_t full = n_sizes - 1;
-    const auto [ms, largest] = draft_costs();
+    const DraftCosts ms = draft_costs();
     const double ms_price = price();
     const auto gain = [&](int32_t size) -> const Gain & { return gain_[proposed ? n_draft_sizes : size]; };
-    const auto profit = [&, &ms = ms](int32_t size) { return gain(size).mean / ms_price - ms[(size_t) size]; };
+    const auto profit = [&](int32_t size) { return gain(size).mean / ms_price - ms[(size_t) size]; };
     int32_t best = -1;
     double most = 0;
     for (int32_t size = proposed ? full : 0; size <= full; ++size) {
@@ -106,7 +109,7 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
     }
     const double lost = trusted ? most - profit(full) : ms[(size_t) full]; // by a full one
     const bool easy = 1 - lately_ < unsure * (1 - usually_);
-    if (spare_ms_ >= (easy ? lost : most_spared * largest)) {
+    if (spare_ms_ >= (easy ? lost : most_spared * largest(ms))) {
         spare_ms_ -= lost;
         return full;
     }
@@ -116,10 +119,10 @@ int32_t Policy::drafts(bool proposed, int32_t n_sizes) {
 Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & without, const Tree & tree, int32_t most) {
     drafted_ = size;
     const Choice best = choose(tree, most);
-    const auto [ms, largest] = draft_costs();
-    const double ms_price = price();
-    double earned = -largest; // by the size that would have been best: full ones are made for what they tell of all
-    const auto saw = [&, &ms = ms](Gain & gain, int32_t i, const Choice & choice) {
+    const DraftCosts ms = draft_costs();
+    const double ms_price = price(), most_owed = largest(ms);
+    double earned = -most_owed; // by the size that would have been best: full ones are made for what they tell of all
+    const auto saw = [&](Gain & gain, int32_t i, const Choice & choice) {
         const double tokens = std::max(0.0, choice.value - without.value);
         gain.saw(tokens);
         earned = std::max(earned, tokens / ms_price - ms[(size_t) i]);
@@ -130,7 +133,7 @@ Policy::Choice Policy::drafted(int32_t size, bool proposed, const Choice & witho
     for (int32_t i = 0; i <= size && !proposed; ++i) {
         saw(gain_[i], i, i == size ? best : choose(tree, most, draft_sizes[(size_t) i]));
     }
-    credit_ms_ = std::clamp(credit_ms_ + earned, -largest, reserve * largest);
+    credit_ms_ = std::clamp(credit_ms_ + earned, -most_owed, reserve * most_owed);
     return best;
 }
 
@@ -169,7 +172,7 @@ void Policy::finished(int32_t n_tokens, int32_t n_nodes, double draft_ms, double
     const double ms = draft_ms + pass_ms;
     tokens_ = fade * tokens_ + n_tokens;
     ms_ = fade * ms_ + ms;
-    spare_ms_ = std::min(spare_ms_ + spared * ms, most_spared * draft_costs().largest);
+    spare_ms_ = std::min(spare_ms_ + spared * ms, most_spared * largest(draft_costs()));
     unmeasured_ms_ += ms;
 }
 

@@ -51,11 +51,8 @@ class Policy {
     bool load(const double * values); // false, and nothing has changed: they are no policy's
 
   private:
-    double price() const; // tokens a millisecond
-    struct DraftCosts {
-        std::array<double, n_draft_sizes> ms;
-        double largest;
-    };
+    double price() const;                                 // tokens a millisecond
+    using DraftCosts = std::array<double, n_draft_sizes>; // milliseconds
     DraftCosts draft_costs() const;
 
     int32_t row_ = 0;

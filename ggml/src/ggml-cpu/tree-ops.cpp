@@ -27,6 +27,12 @@ constexpr int kLongRowNodes = 16; // up to this many nodes, walking the state in
 
 constexpr int64_t kConvBlock = 256; // channels whose taps are transposed at a time
 
+// A thread's channels: 64 or a multiple, but for the last.
+Range channel_share(const ggml_compute_params * params, int64_t channels) {
+    const Range lines = thread_share(params, pad(channels, 64) / 64);
+    return {lines.begin * 64, std::min(lines.end * 64, channels)};
+}
+
 struct ConvWork {
     float * taps; // [block, K]
 
@@ -62,8 +68,7 @@ void conv_tree(const ggml_compute_params * params, ggml_tensor * dst) {
     Scratch scratch = scratch_of(params, count.used);
     const ConvWork work(scratch, n_taps);
 
-    Range share = thread_share(params, pad(channels, 64) / 64);
-    share = {share.begin * 64, std::min(share.end * 64, channels)};
+    const Range share = channel_share(params, channels);
     for (int64_t c0 = share.begin; c0 < share.end; c0 += kConvBlock) {
         const int n = (int) std::min(kConvBlock, share.end - c0);
         tree_transpose(n, n_taps, row_of(kernel, c0), n_taps, work.taps, kConvBlock);
@@ -107,8 +112,7 @@ void conv_tree_persist(const ggml_compute_params * params, ggml_tensor * dst) {
             last[n_new++] = node;
         }
     }
-    Range share = thread_share(params, pad(dst->ne[0], 64) / 64);
-    share = {share.begin * 64, std::min(share.end * 64, dst->ne[0])};
+    const Range share = channel_share(params, dst->ne[0]);
     if (n_new == 0 || share.begin >= share.end) {
         return;
     }

@@ -14,7 +14,7 @@ static inline int64_t floats(size_t stride) {
     return stride / sizeof(float);
 }
 
-// one per op, each in a file of its own
+// one per op
 void ggml_cuda_op_ssm_conv_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_ssm_conv_tree_persist(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void ggml_cuda_op_gated_delta_net_tree(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
