@@ -44,22 +44,22 @@ def test_is_the_default(session: Session) -> None:
     assert result.ids == session.generate(prompt, budget=0, max_tokens=200, ignore_eos=True).ids
 
 
-def test_trees_keep_what_they_promise(session: Session) -> None:
-    """Within a twentieth and two standard errors, on prompts that nothing was learned from, where drafts are
-    taken to cost nothing and passes over trees half of a plain one, so that nearly every step drafts."""
+def test_trees_keep_what_they_promise() -> None:
+    """Within a twentieth, on prompts that nothing was learned from, where drafts are taken to cost nothing and passes
+    over trees half of a plain one, so that nearly every step drafts. Nothing is copied: a loop of one prompt would say
+    more than all the rest."""
     promised, kept, drafted, steps = [], [], 0, 0
-    for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[61::2]]):
-        believe(session, passes=[100.0, *[50.0] * 11], drafts=1e-3)
-        stats = session.generate(prompt, budget="auto", **GREEDY).stats
-        if i >= 30:
-            assert stats.n_drafted > 3 * stats.n_steps
-            drafted, steps = drafted + stats.n_drafted, steps + stats.n_steps
-            promised.append(stats.mean_expected * stats.n_steps)
-            kept.append(stats.n_generated)
+    with Session(kv_type="f32", n_ctx=2048, n_threads=1, copying=False) as session:
+        for i, prompt in enumerate([*PROMPTS[1:61:2], *PROMPTS[61::2]]):
+            believe(session, passes=[100.0, *[50.0] * 11], drafts=1e-3)
+            stats = session.generate(prompt, budget="auto", **GREEDY).stats
+            if i >= 30:
+                assert stats.n_drafted > 3 * stats.n_steps
+                drafted, steps = drafted + stats.n_drafted, steps + stats.n_steps
+                promised.append(stats.mean_expected * stats.n_steps)
+                kept.append(stats.n_generated)
     assert drafted > 5 * steps
-    error = np.std(np.subtract(promised, kept)) * len(kept) ** 0.5
-    assert abs(sum(promised) - sum(kept)) < 0.05 * sum(kept) + 2 * error
-    believe(session, passes=0, drafts=0, n_seen=0)  # nothing is known
+    assert abs(sum(promised) - sum(kept)) < 0.05 * sum(kept)
 
 
 def test_costs_are_measured_where_the_session_stands(session: Session) -> None:
@@ -71,7 +71,7 @@ def test_costs_are_measured_where_the_session_stands(session: Session) -> None:
     costs = session.costs()
     assert list(costs.pass_ms) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
     assert all(ms > 0 for ms in costs.pass_ms.values())
-    assert costs.pass_ms[64] > costs.pass_ms[1]
+    assert costs.pass_ms[64] > costs.pass_ms[1] == min(costs.pass_ms.values())
     assert costs.draft_ms is not None
     assert costs.draft_ms > 0
     assert session.tokens == tokens
@@ -84,6 +84,17 @@ def test_costs_that_no_longer_hold_are_put_right(session: Session) -> None:
     believe(session, passes=[100.0, *[1e-2] * 11], drafts=1e-2)
     session.generate(PROMPTS[3], max_tokens=100, ignore_eos=True, budget="auto")
     assert session.costs().pass_ms[1] < 10
+    assert lib.pf_session_set_experience(session._core.session, before, len(before)) == lib.PF_OK
+
+
+def test_no_pass_is_taken_to_be_shorter_than_a_plain_one(session: Session) -> None:
+    """Else a drafter that is never right would seem to pay."""
+    before = experience(session)
+    believe(session, passes=[100.0, *[1.0] * 11], drafts=1e-2)
+    session.reset()
+    session.append(PROMPTS[0])
+    costs = session.costs()
+    assert set(costs.pass_ms.values()) == {100.0}
     assert lib.pf_session_set_experience(session._core.session, before, len(before)) == lib.PF_OK
 
 

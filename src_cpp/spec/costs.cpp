@@ -41,13 +41,16 @@ double Costs::now(int32_t row, const Known & known) const {
 void Costs::see(int32_t row, Known & known, double ms) {
     const double mean = now(row, known);
     const Known & plain = rows_[row].pass[0];
+    const bool is_plain = &known == &plain;
     int32_t n = known.n;
     // All of long ago counts no more than this; plain passes, whose pace all goes by, start anew.
     if (!is_fresh(known)) {
         const bool as_before = mean * 0.8 < ms && ms < mean * 1.25;
-        n = std::min(n, &known == &plain && !as_before ? 0 : 1);
+        n = std::min(n, is_plain && !as_before ? 0 : 1);
     }
-    known = {moved(mean, ms, n), 0, clock_, std::min(n + 1, n_counted)};
+    // Two of them follow each other then, and the shorter counts: a hiccup only lengthens.
+    const double ms_now = is_plain && n == 1 ? std::min(mean, ms) : moved(mean, ms, n);
+    known = {ms_now, 0, clock_, std::min(n + 1, n_counted)};
     known.plain = is_fresh(plain) ? plain.ms : 0;
 }
 
@@ -77,8 +80,10 @@ void Costs::saw_draft(int32_t row, int32_t size, double ms) {
 
 Costs::Row Costs::row(int32_t row) const {
     const auto at_pace = [&](const Known & known) { return now(row, known); };
+    // No pass takes less than a plain one: that is seen most, and the other was lucky or plain passes are held up just now.
+    const auto of_pass = [&](const Known & known) { return std::max(at_pace(known), plain(row)); };
     Row out;
-    std::transform(rows_[row].pass.begin(), rows_[row].pass.end(), out.pass.begin(), at_pace);
+    std::transform(rows_[row].pass.begin(), rows_[row].pass.end(), out.pass.begin(), of_pass);
     std::transform(rows_[row].draft.begin(), rows_[row].draft.end(), out.draft.begin(), at_pace);
     return out;
 }
