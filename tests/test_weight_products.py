@@ -21,7 +21,8 @@ def ggml() -> Ggml:
 
 def ours(ggml: Ggml, name: str) -> bool:
     """Whether the processor has what our kernels need, or upstream's compute the product."""
-    return ("AVX512_VNNI" if name.endswith("_K") else "AVX512") in ggml.features()
+    needed = {"AVX512_VNNI"} if name.endswith("_K") else {"AVX2", "FMA", "F16C"}
+    return needed <= ggml.features()
 
 
 def quantised(x: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:

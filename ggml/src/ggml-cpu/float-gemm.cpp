@@ -1,22 +1,23 @@
-// Products of F32, F16 and BF16 weights with any number of columns, on AVX-512.
+// Products of F32, F16 and BF16 weights with any number of columns, on AVX-512 and AVX2.
 //
 // k lies across the lanes: a tile of a few rows and columns keeps a vector of sums for each pair, and the sums of 16 rows
-// are added over their lanes at once (lane-sums.h). The work goes with the true number of columns, and an element of the
+// are added over their lanes at once (float-lanes.h). The work goes with the true number of columns, and an element of the
 // product is summed in one order whatever stands beside it: a plain step, a tree and a prompt get the same bits.
 //
 // Columns are rounded to the type of the weights first, as upstream does. F16 weights become floats in registers; BF16
 // weights are multiplied as they are, two k at a time, where the processor can, and else become floats too.
 //
-// Bytes moved: weights once. Bound: 16 products an instruction, 32 of BF16.
+// Bytes moved: weights once. Bound: 16 products an instruction, 32 of BF16; 8 on AVX2.
 //
 // Refuses nothing: what it does not do it leaves to upstream.
 #include "weight-products.h"
 
-#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+#include "float-lanes.h"
+
+#if defined(PF_FLOAT_LANES)
 
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
-#include "lane-sums.h"
 #include "tree-work.h"
 
 #include <algorithm>
@@ -25,31 +26,35 @@ namespace {
 
 constexpr int kRows = 16;  // summed at a time
 constexpr int kSoon = 256; // bytes ahead in a row, fetched into the first-level cache
+constexpr bool kWide = PF_FLOAT_LANES == 16;
+
+// Rows of a tile of so many columns: with their sums, the columns and a row all lie in registers, 32 or 16 of them.
+constexpr int rows_of_tile(int columns) {
+    return columns <= (kWide ? 3 : 1) ? 8 : 4;
+}
 
 // ---- formats -----------------------------------------------------------------------------------------------------
 
 // A vector of F::n k is n_bytes of weights. Columns in floats:
 struct Real {
     using Column = float;
-    static constexpr int n = 16;
-    static __m512 multiply(__m512 sum, __m512 a, __m512 b) { return _mm512_fmadd_ps(a, b, sum); }
+    static constexpr int n = PF_FLOAT_LANES;
+    static Lanes column(const float * x) { return lanes_of_floats(x); }
+    static Lanes multiply(Lanes sum, Lanes a, Lanes b) { return multiply_add(a, b, sum); }
 };
 
 struct F32 : Real {
-    static constexpr int max_columns = 6;
-    static constexpr int n_bytes = 64;
-    static __m512 weights(const char * p) { return _mm512_loadu_ps(p); }
-    static void round(const float * x, float * to) { _mm512_storeu_ps(to, _mm512_loadu_ps(x)); }
+    static constexpr int max_columns = kWide ? 6 : 3;
+    static constexpr int n_bytes = 4 * n;
+    static Lanes weights(const char * p) { return lanes_of_floats((const float *) p); }
+    static void round(const float * x, float * to) { store_lanes(to, lanes_of_floats(x)); }
 };
 
 struct F16 : Real {
     static constexpr int max_columns = 3; // with 8 rows: 6 with 4 turn every weight into a float for no more products
-    static constexpr int n_bytes = 32;
-    static __m512 weights(const char * p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p)); }
-    static void round(const float * x, float * to) {
-        const __m256i half = _mm512_cvtps_ph(_mm512_loadu_ps(x), _MM_FROUND_TO_NEAREST_INT);
-        _mm512_storeu_ps(to, _mm512_cvtph_ps(half));
-    }
+    static constexpr int n_bytes = 2 * n;
+    static Lanes weights(const char * p) { return lanes_of_f16(p); }
+    static void round(const float * x, float * to) { store_lanes(to, rounded_to_f16(lanes_of_floats(x))); }
 };
 
 #if defined(__AVX512BF16__)
@@ -59,8 +64,9 @@ struct BF16 {
     static constexpr int n = 32;
     static constexpr int max_columns = 6;
     static constexpr int n_bytes = 64;
-    static __m512 weights(const char * p) { return _mm512_loadu_ps(p); }
-    static __m512 multiply(__m512 sum, __m512 a, __m512 b) { return _mm512_dpbf16_ps(sum, (__m512bh) a, (__m512bh) b); }
+    static Lanes weights(const char * p) { return lanes_of_floats((const float *) p); }
+    static Lanes column(const ggml_bf16_t * x) { return lanes_of_floats((const float *) x); }
+    static Lanes multiply(Lanes sum, Lanes a, Lanes b) { return _mm512_dpbf16_ps(sum, (__m512bh) a, (__m512bh) b); }
     static void round(const float * x, ggml_bf16_t * to) {
         const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
         _mm512_storeu_si512(to, (__m512i) rounded);
@@ -71,11 +77,8 @@ struct BF16 {
 
 struct BF16 : Real {
     static constexpr int max_columns = 3;
-    static constexpr int n_bytes = 32;
-    static __m512 weights(const char * p) {
-        const __m256i x = _mm256_loadu_si256((const __m256i *) p);
-        return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
-    }
+    static constexpr int n_bytes = 2 * n;
+    static Lanes weights(const char * p) { return lanes_of_bf16(p); }
     static void round(const float * x, float * to) {
         for (int i = 0; i < n; ++i) {
             to[i] = GGML_BF16_TO_FP32(GGML_FP32_TO_BF16(x[i]));
@@ -121,16 +124,16 @@ struct Fetch {
     }
 };
 
-// sums[c][r / 4]: rows r to r + 3 times column c, by quarters.
+// sums[c][r / 4]: rows r to r + 3 times column c, unfinished.
 template <class F, int rows, int columns>
 void multiply_tile(const char * const * row, const char * fetch, const typename F::Column * x, int64_t stride,
-                   int64_t k, __m512 (*sums)[kRows / 4]) {
-    __m512 sum[columns][rows];
+                   int64_t k, Lanes (*sums)[kRows / 4]) {
+    Lanes sum[columns][rows];
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            sum[c][r] = _mm512_setzero_ps();
+            sum[c][r] = no_lanes();
         }
     }
     int64_t at = 0;
@@ -140,14 +143,14 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
                 _mm_prefetch(fetch, _MM_HINT_T1);
             }
         }
-        __m512 column[columns];
+        Lanes column[columns];
 #pragma GCC unroll 8
         for (int c = 0; c < columns; ++c) {
-            column[c] = _mm512_loadu_ps(x + c * stride + i);
+            column[c] = F::column(x + c * stride + i);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const __m512 weights = F::weights(row[r] + at);
+            const Lanes weights = F::weights(row[r] + at);
             _mm_prefetch(row[r] + at + kSoon, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int c = 0; c < columns; ++c) {
@@ -159,7 +162,7 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
     for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r += 4) {
-            sums[c][r / 4] = quarter_sums(sum[c] + r);
+            sums[c][r / 4] = sums_of_four(sum[c] + r);
         }
     }
 }
@@ -168,15 +171,14 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
 template <class F, int columns>
 void multiply_columns(int n, const char * const * row, Fetch fetch, const Columns<F> & x, int64_t first, float * dst,
                       int64_t ldd) {
-    constexpr int rows = columns <= 3 ? 8 : 4;
-    __m512 sums[columns][kRows / 4];
+    constexpr int rows = rows_of_tile(columns);
+    Lanes sums[columns][kRows / 4];
     for (int r = 0; r < n; r += rows) {
         multiply_tile<F, rows, columns>(row + r, fetch.beside(r, row), x.data + first * x.stride, x.stride, x.k,
-                                        (__m512(*)[kRows / 4])(sums[0] + r / 4));
+                                        (Lanes(*)[kRows / 4])(sums[0] + r / 4));
     }
-    const __mmask16 which = (__mmask16) ((1u << n) - 1);
     for (int c = 0; c < columns; ++c) {
-        _mm512_mask_storeu_ps(dst + c * ldd, which, sums_of_quarters(sums[c]));
+        store_sums(dst + c * ldd, n, sums[c]);
     }
 }
 

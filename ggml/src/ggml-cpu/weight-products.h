@@ -1,5 +1,5 @@
-// Matrix products of our own, with any number of columns: Q4_K, Q5_K, Q6_K (kquant-gemm.cpp), F32, F16, BF16
-// (float-gemm.cpp). Where these say no (another type, a processor without AVX-512) upstream goes on.
+// Matrix products of our own, with any number of columns: Q4_K, Q5_K, Q6_K (kquant-gemm.cpp, AVX-512), F32, F16, BF16
+// (float-gemm.cpp, AVX2 too). Where these say no (another type, a processor without either) upstream goes on.
 #pragma once
 
 #include "ggml.h"

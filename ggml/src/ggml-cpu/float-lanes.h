@@ -1,0 +1,88 @@
+// Vectors of floats as wide as the processor has them, AVX-512 or AVX2 with FMA and F16C, for products with k across the
+// lanes: what loads them, multiplies them, and adds the lanes of 16 at once. PF_FLOAT_LANES: how many, if it has any.
+#pragma once
+
+#if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
+
+#define PF_FLOAT_LANES 16
+
+#include "lane-sums.h"
+
+using Lanes = __m512;
+
+static inline Lanes no_lanes() {
+    return _mm512_setzero_ps();
+}
+static inline Lanes lanes_of_floats(const float * p) {
+    return _mm512_loadu_ps(p);
+}
+static inline Lanes lanes_of_f16(const void * p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+}
+static inline Lanes lanes_of_bf16(const void * p) {
+    const __m256i x = _mm256_loadu_si256((const __m256i *) p);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+}
+static inline Lanes rounded_to_f16(Lanes x) {
+    return _mm512_cvtph_ps(_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store_lanes(float * to, Lanes x) {
+    _mm512_storeu_ps(to, x);
+}
+static inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
+    return _mm512_fmadd_ps(a, b, sum);
+}
+
+// The sums of 4 vectors, unfinished; of the first n of the 16 that four times that comes from.
+static inline Lanes sums_of_four(const Lanes * v) {
+    return quarter_sums(v);
+}
+static inline void store_sums(float * to, int n, const Lanes * fours) {
+    _mm512_mask_storeu_ps(to, (__mmask16) ((1u << n) - 1), sums_of_quarters(fours));
+}
+
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+
+#define PF_FLOAT_LANES 8
+
+#include <immintrin.h>
+
+#include <algorithm>
+
+using Lanes = __m256;
+
+static inline Lanes no_lanes() {
+    return _mm256_setzero_ps();
+}
+static inline Lanes lanes_of_floats(const float * p) {
+    return _mm256_loadu_ps(p);
+}
+static inline Lanes lanes_of_f16(const void * p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) p));
+}
+static inline Lanes lanes_of_bf16(const void * p) {
+    const __m128i x = _mm_loadu_si128((const __m128i *) p);
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(x), 16));
+}
+static inline Lanes rounded_to_f16(Lanes x) {
+    return _mm256_cvtph_ps(_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+}
+static inline void store_lanes(float * to, Lanes x) {
+    _mm256_storeu_ps(to, x);
+}
+static inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
+    return _mm256_fmadd_ps(a, b, sum);
+}
+
+static inline Lanes sums_of_four(const Lanes * v) { // lane 4 h + i: half h of v[i]
+    return _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+}
+static inline void store_sums(float * to, int n, const Lanes * fours) {
+    alignas(16) float sums[16];
+    for (int i = 0; i < 4; ++i) {
+        _mm_store_ps(sums + 4 * i, _mm_add_ps(_mm256_castps256_ps128(fours[i]), _mm256_extractf128_ps(fours[i], 1)));
+    }
+    std::copy_n(sums, n, to);
+}
+
+#endif
