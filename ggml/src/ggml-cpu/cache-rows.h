@@ -1,10 +1,11 @@
 // Rows of a KV cache as floats.
 //
 // Attention unpacks every key and value it looks at, and with few queries that is a large part of its time: the types
-// that caches come in have their own words on AVX-512, a vector of 16 at a time; all else goes through ggml's.
+// that caches come in have their own words on AVX-512 and AVX2; all else goes through ggml's.
 #pragma once
 
 #define GGML_COMMON_DECL_CPP
+#include "float-lanes.h"
 #include "ggml-common.h"
 #include "ggml-cpu-impl.h"
 #include "ggml-cpu.h"
@@ -12,37 +13,31 @@
 
 #include <cstdint>
 
-#if defined(__AVX512F__)
-
-#include <immintrin.h>
-
-static inline __m512 floats_of_bytes(__m128i x, __m512 scale) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(x)), scale);
-}
+#if defined(PF_FLOAT_LANES)
 
 static inline void unpack_f16(const ggml_fp16_t * from, float * to, int64_t n) { // a call costs a fifth more
-    for (int64_t i = 0; i < n; i += 16) {
-        _mm512_storeu_ps(to + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) (from + i))));
+    for (int64_t i = 0; i < n; i += PF_FLOAT_LANES) {
+        store_lanes(to + i, lanes_of_f16(from + i));
     }
 }
 
 static inline void unpack_q8_0(const block_q8_0 * block, float * to, int64_t n) {
     for (int64_t i = 0; i < n; i += QK8_0, ++block) {
-        const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
+        const float d = GGML_CPU_FP16_TO_FP32(block->d);
         const __m128i * codes = (const __m128i *) block->qs;
-        _mm512_storeu_ps(to + i, floats_of_bytes(_mm_loadu_si128(codes), d));
-        _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_loadu_si128(codes + 1), d));
+        store_codes(to + i, _mm_loadu_si128(codes), d);
+        store_codes(to + i + 16, _mm_loadu_si128(codes + 1), d);
     }
 }
 
 static inline void unpack_q4_0(const block_q4_0 * block, float * to, int64_t n) { // low nibbles first, each less 8
     const __m128i low = _mm_set1_epi8(15), eight = _mm_set1_epi8(8);
     for (int64_t i = 0; i < n; i += QK4_0, ++block) {
-        const __m512 d = _mm512_set1_ps(GGML_CPU_FP16_TO_FP32(block->d));
+        const float d = GGML_CPU_FP16_TO_FP32(block->d);
         const __m128i codes = _mm_loadu_si128((const __m128i *) block->qs);
         const __m128i high = _mm_and_si128(_mm_srli_epi16(codes, 4), low);
-        _mm512_storeu_ps(to + i, floats_of_bytes(_mm_sub_epi8(_mm_and_si128(codes, low), eight), d));
-        _mm512_storeu_ps(to + i + 16, floats_of_bytes(_mm_sub_epi8(high, eight), d));
+        store_codes(to + i, _mm_sub_epi8(_mm_and_si128(codes, low), eight), d);
+        store_codes(to + i + 16, _mm_sub_epi8(high, eight), d);
     }
 }
 
@@ -51,7 +46,7 @@ static inline void unpack_q4_0(const block_q4_0 * block, float * to, int64_t n) 
 // A row of n values. What ggml does, this backend's ggml does, which knows the processor, where it has a word for it.
 static inline void unpack_cache_row(ggml_type type, const void * from, float * to, int64_t n) {
     switch (type) {
-#if defined(__AVX512F__)
+#if defined(PF_FLOAT_LANES)
     case GGML_TYPE_F16:
         return unpack_f16((const ggml_fp16_t *) from, to, n);
     case GGML_TYPE_Q8_0:

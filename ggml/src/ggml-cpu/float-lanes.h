@@ -1,5 +1,5 @@
 // Vectors of floats as wide as the processor has them, AVX-512 or AVX2 with FMA and F16C, for products with k across the
-// lanes: what loads them, multiplies them, and adds the lanes of 16 at once. PF_FLOAT_LANES: how many, if it has any.
+// lanes: what loads them, multiplies them, and adds the lanes of many at once. PF_FLOAT_LANES: how many, if it has any.
 #pragma once
 
 #if defined(__AVX512F__) && defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__)
@@ -33,12 +33,20 @@ static inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
     return _mm512_fmadd_ps(a, b, sum);
 }
 
-// The sums of 4 vectors, unfinished; of the first n of the 16 that four times that comes from.
+static inline void store_codes(float * to, __m128i codes, float scale) { // 16 of 8 bits
+    const __m512 x = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes));
+    _mm512_storeu_ps(to, _mm512_mul_ps(x, _mm512_set1_ps(scale)));
+}
+
+// The sums of 4 vectors, unfinished; of the first n of the 16 that four times that comes from; of as many as have lanes.
 static inline Lanes sums_of_four(const Lanes * v) {
     return quarter_sums(v);
 }
 static inline void store_sums(float * to, int n, const Lanes * fours) {
     _mm512_mask_storeu_ps(to, (__mmask16) ((1u << n) - 1), sums_of_quarters(fours));
+}
+static inline Lanes sums_of_lanes(const Lanes * v) {
+    return lane_sums(v);
 }
 
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -74,15 +82,27 @@ static inline Lanes multiply_add(Lanes a, Lanes b, Lanes sum) {
     return _mm256_fmadd_ps(a, b, sum);
 }
 
+static inline void store_codes(float * to, __m128i codes, float scale) {
+    const __m256 by = _mm256_set1_ps(scale);
+    const auto floats = [&](__m128i x) { return _mm256_mul_ps(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(x)), by); };
+    _mm256_storeu_ps(to, floats(codes));
+    _mm256_storeu_ps(to + 8, floats(_mm_srli_si128(codes, 8)));
+}
+
 static inline Lanes sums_of_four(const Lanes * v) { // lane 4 h + i: half h of v[i]
     return _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
 }
+static inline Lanes add_halves(Lanes a, Lanes b) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
 static inline void store_sums(float * to, int n, const Lanes * fours) {
-    alignas(16) float sums[16];
-    for (int i = 0; i < 4; ++i) {
-        _mm_store_ps(sums + 4 * i, _mm_add_ps(_mm256_castps256_ps128(fours[i]), _mm256_extractf128_ps(fours[i], 1)));
-    }
+    alignas(32) float sums[16];
+    _mm256_store_ps(sums, add_halves(fours[0], fours[1]));
+    _mm256_store_ps(sums + 8, add_halves(fours[2], fours[3]));
     std::copy_n(sums, n, to);
+}
+static inline Lanes sums_of_lanes(const Lanes * v) {
+    return add_halves(sums_of_four(v), sums_of_four(v + 4));
 }
 
 #endif

@@ -11,9 +11,7 @@
 #include "gqa-attention.h"
 
 #include "cache-rows.h"
-#if defined(__AVX512F__)
-#include "lane-sums.h"
-#endif
+#include "float-lanes.h"
 #include "tree-gemm.h"
 #include "tree-work.h"
 
@@ -83,30 +81,30 @@ struct Work {
 // scores [tile_rows][kKeys] = query [tile_rows][d] . keys
 template <int tile_rows>
 void score_tiles(int64_t n_keys, int64_t d, const float * query, const float * keys, int64_t stride, float * scores) {
-#if defined(__AVX512F__)
-    constexpr int tile_keys = 16 / tile_rows;
+#if defined(PF_FLOAT_LANES)
+    constexpr int n_sums = PF_FLOAT_LANES, tile_keys = n_sums / tile_rows;
     for (int64_t j = 0; j < n_keys; j += tile_keys) {
         const float * key[tile_keys];
         for (int b = 0; b < tile_keys; ++b) {
             key[b] = keys + std::min(j + b, n_keys - 1) * stride; // beyond the last: the last again
         }
-        __m512 sum[16] = {};
-        for (int64_t t = 0; t < d; t += 16) {
-            __m512 q[tile_rows];
+        Lanes sum[n_sums] = {};
+        for (int64_t t = 0; t < d; t += PF_FLOAT_LANES) {
+            Lanes q[tile_rows];
             for (int a = 0; a < tile_rows; ++a) {
-                q[a] = _mm512_loadu_ps(query + a * d + t);
+                q[a] = lanes_of_floats(query + a * d + t);
             }
 #pragma GCC unroll 16
             for (int b = 0; b < tile_keys; ++b) {
-                const __m512 k = _mm512_loadu_ps(key[b] + t);
+                const Lanes k = lanes_of_floats(key[b] + t);
 #pragma GCC unroll 4
                 for (int a = 0; a < tile_rows; ++a) {
-                    sum[a * tile_keys + b] = _mm512_fmadd_ps(q[a], k, sum[a * tile_keys + b]);
+                    sum[a * tile_keys + b] = multiply_add(q[a], k, sum[a * tile_keys + b]);
                 }
             }
         }
-        alignas(64) float sums[16];
-        _mm512_store_ps(sums, lane_sums(sum));
+        float sums[n_sums];
+        store_lanes(sums, sums_of_lanes(sum));
         for (int a = 0; a < tile_rows; ++a) {
             memcpy(scores + a * kKeys + j, sums + a * tile_keys, tile_keys * sizeof(float));
         }
