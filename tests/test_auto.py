@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import pydflash
-from pydflash import Session
+from pydflash import Session, models
 from pydflash._lib import ffi, lib
 from tests.tiny_models import to_f32
 
@@ -115,13 +115,13 @@ def test_costs_go_along_with_plain_passes(session: Session) -> None:
 
 def test_a_drafter_that_is_never_right_is_hardly_asked(session: Session, tmp_path: Path) -> None:
     draft = tmp_path / "draft"
-    shutil.copytree(pydflash.models.draft_path(), draft)
+    shutil.copytree(models.draft_path(), draft)
     weights = bytearray((draft / "model.safetensors").read_bytes())
     start = 8 + int.from_bytes(weights[:8], "little")
     noise = np.random.default_rng(1).normal(0, 0.05, (len(weights) - start) // 2).astype(np.float32)
     weights[start:] = (noise.view(np.uint32) >> 16).astype(np.uint16).tobytes()  # bfloat16
     (draft / "model.safetensors").write_bytes(weights)
-    target = to_f32(pydflash.models.target_path(), tmp_path / "target.gguf")  # so that passes of all sizes agree
+    target = to_f32(models.target_path(), tmp_path / "target.gguf")  # so that passes of all sizes agree
     with Session(target, draft, kv_type="f32", n_ctx=2048, n_threads=1, copying=False) as noisy:
         settings: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
         noisy.generate(PROMPTS[0], **settings)
@@ -152,7 +152,7 @@ def believe(session: Session, passes: Any, drafts: Any, n_seen: int = 16) -> Non
 
 def test_the_next_session_knows_what_this_one_learned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    draft = pydflash.models.draft_path()
+    draft = models.draft_path()
     options: dict[str, Any] = {"kv_type": "f16", "n_ctx": 1024, "n_threads": 1}
     with Session(**options) as first:
         nothing = experience(first)
@@ -162,7 +162,7 @@ def test_the_next_session_knows_what_this_one_learned(monkeypatch: pytest.Monkey
     assert known != nothing
     with Session(**options) as second:
         assert experience(second) == known
-    with Session(pydflash.models.target_path(), draft, **options | {"kv_type": "q8_0"}) as other:
+    with Session(models.target_path(), draft, **options | {"kv_type": "q8_0"}) as other:
         assert experience(other) == nothing  # of other settings nothing is known
     (entry,) = (tmp_path / "pydflash" / "speed").iterdir()
     for broken in (b"", known[:-1], b"\xff" * len(known), bytes(len(known))):
@@ -173,7 +173,7 @@ def test_the_next_session_knows_what_this_one_learned(monkeypatch: pytest.Monkey
 
 def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    draft = pydflash.models.target_path()
+    draft = models.target_path()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     with Session(draft, kv_type="f16", n_ctx=512, n_threads=1) as session:
         assert session.generate("def f(", max_tokens=4).ids
