@@ -212,7 +212,7 @@ class Container:
             raise self._wrong("is not a file")
         prefix = os.pread(self._fd, _PREFIX.size, 0)
         if len(prefix) < _PREFIX.size or not prefix.startswith(MAGIC):
-            raise self._wrong("is not a file that pydflash saved")
+            raise self._wrong("is not a file that pydflash saved: give one that Session.save wrote")
         _, version, size, digest = _PREFIX.unpack(prefix)
         if version != VERSION:
             raise self._wrong(f"is of format {version}; this pydflash reads format {VERSION}", "byte 8")

@@ -161,7 +161,7 @@ class OpenSession:
     # ---- looking inside: each replaces the timeline and leaves it empty --------------------------------------------
 
     def logits(self, ids: Ids) -> NDArray[np.float32]:
-        """The target's logits after each of the ids: float32 [n, n_vocab]."""
+        """The target's logits after each of the ids: float32 [n, n_vocab]. What the session held is gone."""
         import numpy as np
 
         given = self._given(ids)
@@ -174,7 +174,8 @@ class OpenSession:
     def hidden(self, ids: Ids, layers: Sequence[int]) -> NDArray[np.float32]:
         """The residual stream at the input of each of `layers`: float32 [n, len(layers), n_embd].
 
-        Layers count as a drafter's `target_layers` does: k is the output of layer k - 1, before any norm.
+        Layers count as a drafter's `target_layers` does: k is the output of layer k - 1, before any norm. What
+        the session held is gone.
         """
         import numpy as np
 
@@ -195,7 +196,7 @@ class OpenSession:
 
     def draft_logits(self, ids: Ids) -> NDArray[np.float32]:
         """The drafter's logits for the positions after the ids, the last of which is pending: float32
-        [block_size - 1, n_vocab]. StateError without a drafter."""
+        [block_size - 1, n_vocab]. What the session held is gone. StateError without a drafter."""
         import numpy as np
 
         if self.block_size == 0:

@@ -37,7 +37,7 @@ BINARY = (  # how files begin that somebody may take for documents
     (b"PK\x03\x04", "a ZIP archive, as Word, Excel, OpenDocument and EPUB files are; save it as PDF or plain text"),
     (b"\xd0\xcf\x11\xe0", "an Office file of the old format; save it as PDF or plain text"),
     (b"{\\rtf", "an RTF file; save it as PDF or plain text"),
-    (b"GGUF", "a GGUF model"),
+    (b"GGUF", "a GGUF model; it is opened with Session(target) or --target"),
     (b"\x1f\x8b", "compressed with gzip; unpack it first"),
     (b"\x89PNG", "a picture"),
     (b"\xff\xd8\xff", "a picture"),

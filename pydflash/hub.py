@@ -139,7 +139,7 @@ def _named(name: str, revision: str | None) -> tuple[Source | Path, Source | Pat
         advice = nearest(short.lower(), KNOWN) or (
             f": known are {', '.join(KNOWN)}; any other is named by its repository, owner/repo, or by its path"
         )
-        raise HubError(f"no pair is called {name!r}{advice}", reason="name")
+        raise HubError(f"no pair is called {name!r}, and there is no such file{advice}", reason="name")
     return _one(name, revision), None
 
 
@@ -385,7 +385,11 @@ def _explained(source: Source, endpoint: str) -> Iterator[None]:
             f"{endpoint} answers {status} when asked for {source}: try again later", reason="network"
         ) from None
     except http_error() as error:
-        raise HubError(f"{endpoint} cannot be reached: {error}", reason="network") from None
+        raise HubError(
+            f"{endpoint} cannot be reached: {error}. Look to the network, or to HTTPS_PROXY; files that are here are "
+            "named by their paths",
+            reason="network",
+        ) from None
     except OSError as error:
         from huggingface_hub import constants
 

@@ -64,11 +64,12 @@ def setting(name: str, value: Any) -> Any:
 
 def budget_of(value: Budget) -> int:
     """A budget as the core takes it: 0 to 63 nodes, or PF_BUDGET_AUTO for "auto"."""
-    if isinstance(value, str):
-        if value != "auto":
-            raise ArgumentError(f"budget is {value!r}; it must be 'auto', or an integer from 0 to {MAX_BUDGET}")
+    if isinstance(value, str) and value == "auto":
         return int(lib.PF_BUDGET_AUTO)
-    return int(setting("budget", value))
+    try:
+        return int(setting("budget", value))
+    except ArgumentError:
+        raise ArgumentError(f"budget is {value!r}; it must be 'auto', or an integer from 0 to {MAX_BUDGET}") from None
 
 
 def one_of(name: str, value: object, known: Iterable[str]) -> str:

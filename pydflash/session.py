@@ -67,8 +67,9 @@ class Session(OpenSession):
     budget: nodes of the tree that each target pass verifies, besides the root, 0 to 63; 0 is plain decoding. Memory is
         set aside for trees of this size; a run that asks for a larger one allocates more. "auto": each step takes the
         number that gives the most tokens a second, by what passes take on this machine and how often drafts prove
-        right, both learned and kept in the user's cache; where nothing pays it does not draft. Passes of another size
-        round in another way: what is to be the same to the last bit every time takes a number.
+        right, both learned and kept in the user's cache; where nothing pays it does not draft. It knows passes of 1, 2,
+        3, 4, 6, 8, 12, 16, 24, 32, 48 and 64 nodes, and in a session of a smaller budget takes those within it. Passes
+        of another size round in another way: what is to be the same to the last bit every time takes a number.
     chain: draft one line of tokens instead of a tree.
     copying: let tokens that stood behind the last few before, anywhere on the timeline, share the tree with the
         drafter's. Neither this nor any drafting changes what is said.
@@ -516,7 +517,7 @@ class Session(OpenSession):
         )
         ids = prompt.rendered.ids
         if not ids:
-            raise ArgumentError("the prompt is empty: the model needs at least one token to go on from")
+            raise ArgumentError("the prompt is empty: give a text or ids, at least one token to go on from")
         most = self.n_ctx if sampling.max_tokens is None else sampling.max_tokens
         self._check_room(len(ids), min(most, 1))
         answer = None

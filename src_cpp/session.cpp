@@ -78,12 +78,13 @@ void Session::check_ids(const int32_t * ids, uint64_t n) const {
     }
 }
 
-void Session::check_room(uint64_t n) const {
-    if (n > (uint64_t) (n_ctx_ - n_tokens())) {
-        const uint64_t total = (uint64_t) n_tokens() + n;
-        throw Error(PF_ERR_CONTEXT, "the session holds " + std::to_string(n_tokens()) + " tokens and " +
-                                        std::to_string(n) + " more do not fit into n_ctx " + std::to_string(n_ctx_) +
-                                        ": " + std::to_string(total - (uint64_t) n_ctx_) + " too many");
+// For n tokens behind those that are held.
+void Session::check_room(uint64_t n, int64_t n_held) const {
+    if (n > (uint64_t) (n_ctx_ - n_held)) {
+        const uint64_t total = (uint64_t) n_held + n;
+        throw Error(PF_ERR_CONTEXT, "the session holds " + std::to_string(n_held) + " tokens and " + std::to_string(n) +
+                                        " more do not fit into n_ctx " + std::to_string(n_ctx_) + ": " +
+                                        std::to_string(total - (uint64_t) n_ctx_) + " too many");
     }
 }
 
@@ -163,7 +164,7 @@ void Session::evaluate(int64_t n, PassOptions options, Read && read) {
 void Session::append(const int32_t * ids, uint64_t n) {
     require_settled("append");
     check_ids(ids, n);
-    check_room(n);
+    check_room(n, n_tokens());
     if (n == 0) {
         return;
     }
@@ -296,6 +297,7 @@ void Session::step(int32_t max_tokens, pf_step_result & out) {
         }
         chooser_.end();
         copier_.forget();
+        proposed_.n = 0;
         if (root_stands) {
             if (drafter_) {
                 runner_.append_context(nullptr, 1, n_);
@@ -402,8 +404,8 @@ void Session::commit(int32_t n_keep) {
 
 void Session::logits(const int32_t * ids, uint64_t n, float * out) {
     check_ids(ids, n);
+    check_room(n, 0);
     reset();
-    check_room(n);
     PassOptions options;
     options.head = PassHead::logits;
     const size_t row = (size_t) target_->n_vocab;
@@ -429,8 +431,8 @@ void Session::hidden(const int32_t * ids, uint64_t n, const std::vector<int32_t>
         throw Error(PF_ERR_ARGUMENT, "a layer is asked for twice; name each layer once");
     }
     check_ids(ids, n);
+    check_room(n, 0);
     reset();
-    check_room(n);
     PassOptions options;
     options.capture = &layers;
     const size_t width = (size_t) target_->n_embd;

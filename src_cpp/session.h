@@ -75,7 +75,7 @@ class Session {
     template <class Read>
     void evaluate(int64_t n, PassOptions options, Read && read);
     void check_ids(const int32_t * ids, uint64_t n) const;
-    void check_room(uint64_t n) const;
+    void check_room(uint64_t n, int64_t n_held) const;
     void require_settled(const char * what) const;
     void require_pending(const char * what) const;
     void require_empty(const char * what) const;

@@ -114,7 +114,7 @@ void Session::restore(const int32_t * ids, int64_t n, const void * state, uint64
     require_empty("restore");
     require(n >= 0, "restore: the number of tokens is negative");
     check_ids(ids, (uint64_t) n);
-    check_room((uint64_t) n);
+    check_room((uint64_t) n, n_tokens());
     check_state("restore", ids, n, state, size);
     set_state(runner_.caches(), n, state);
     tokens_.assign(ids, ids + n);

@@ -72,7 +72,7 @@ double Session::time_pass(int32_t n_nodes) {
 void Session::measure_costs() {
     Policy & policy = experience_.policy;
     policy.begin(n_);
-    if (policy.costs.known(policy.row(), budget_ + 1)) {
+    if (policy.costs.known(policy.row(), budget_ + 1, n_drafts())) {
         return;
     }
     const auto time_draft = [&](int32_t size) {

@@ -143,10 +143,11 @@ def experience(session: Session) -> bytes:
 def believe(session: Session, passes: Any, drafts: Any, n_seen: int = 16) -> None:
     """Makes the session believe that passes and drafts of all sizes take so many milliseconds, at every depth."""
     values = np.frombuffer(experience(session), np.float64).copy()
-    costs = values[1 : 1 + 10 * 42].reshape(10, 42)  # of 12 passes and 3 drafts: ms, ms of a plain pass then
-    of_passes = costs[:, :36].reshape(10, 12, 3)  # and how often it was seen
+    costs = values[1 : 1 + 10 * 43].reshape(10, 43)  # measured up to; of 12 passes and 3 drafts: ms, ms of a plain pass
+    costs[:, 0] = 64 if np.any(passes) else 0
+    of_passes = costs[:, 1:37].reshape(10, 12, 3)  # then; and how often it was seen
     of_passes[..., 0], of_passes[..., 1], of_passes[..., 2] = passes, np.ravel(passes)[0], n_seen
-    costs[:, 36::2], costs[:, 37::2] = drafts, np.ravel(passes)[0]
+    costs[:, 37::2], costs[:, 38::2] = drafts, np.ravel(passes)[0]
     assert lib.pf_session_set_experience(session._core.session, values.tobytes(), values.nbytes) == lib.PF_OK
 
 
@@ -169,6 +170,24 @@ def test_the_next_session_knows_what_this_one_learned(monkeypatch: pytest.Monkey
         entry.write_bytes(broken)
         with Session(**options) as third:
             assert experience(third) == nothing
+
+
+def test_a_larger_session_measures_what_a_smaller_one_could_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def known(session: Session) -> Any:
+        row = np.frombuffer(experience(session), np.float64)[1 : 1 + 43]
+        return row[0], np.count_nonzero(row[37::2])  # the largest pass, drafts
+
+    with Session(kv_type="f16", n_ctx=1024, n_threads=1, budget=3) as small:
+        small.generate(PROMPTS[0], max_tokens=4, budget="auto")
+        assert known(small) == (4, 1)
+    with Session(kv_type="f16", n_ctx=1024, n_threads=1) as large:
+        assert known(large) == (4, 1)
+        large.generate(PROMPTS[0], max_tokens=4)
+        assert known(large) == (64, 3)
 
 
 def test_a_cache_that_cannot_be_written_is_no_matter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -279,7 +279,10 @@ def test_hostile_listings(server: Hub, tmp_path: Path) -> None:
 
 
 def test_names(server: Hub, tmp_path: Path) -> None:
-    assert str(refused(server, "qwen3.5-27")) == "no pair is called 'qwen3.5-27', did you mean 'qwen3.5-27b'?"
+    assert (
+        str(refused(server, "qwen3.5-27"))
+        == "no pair is called 'qwen3.5-27', and there is no such file, did you mean 'qwen3.5-27b'?"
+    )
     assert "owner/repo" in str(refused(server, "zzz"))
     assert refused(server, "a b/c").reason == "name"
     assert refused(server, "a--b/c").reason == "name"

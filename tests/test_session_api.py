@@ -291,7 +291,7 @@ def test_text_without_a_tokenizer_is_empty() -> None:
         ({"seed": 2**64}, "seed is 18446744073709551616"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"max_tokens": True}, "max_tokens is True"),
-        ({"budget": 64}, "budget is 64; it must be an integer from 0 to 63"),
+        ({"budget": 64}, "budget is 64; it must be 'auto', or an integer from 0 to 63"),
         ({"budget": -1}, "budget is -1"),
         ({"stop": ""}, "empty string"),
         ({"stop": [999]}, r"stop\[0\] is 999, but the vocabulary has 288 tokens"),

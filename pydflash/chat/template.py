@@ -116,6 +116,8 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if not isinstance(message.get("role"), str):
                 raise ArgumentError(f"messages[{i}] has no 'role'; it is 'system', 'user', 'assistant' or 'tool'")
+            if message["role"] in ("system", "user", "tool") and message.get("content") is None:
+                raise ArgumentError(f"messages[{i}], of role {message['role']!r}, has no 'content'")
         if tools and "tools" not in self._engine.variables:
             raise ArgumentError(f"{self._where} takes no tools; this model was not made to call any")
         switch = {} if thinking is None else {"enable_thinking": thinking, "thinking": thinking}

@@ -1,6 +1,6 @@
 """Measure plain decoding, a chain, trees of several budgets and the automatic budget beside each other.
 
-    pydflash bench                                        # the tiny pair: about 6 minutes on two quiet cores
+    pydflash bench                                        # the tiny pair: about 2 minutes on two quiet cores
     pydflash bench --quick                                # half a minute
     pydflash bench --target model.gguf --draft drafter/ --categories code chat --depths 0 8K
     pydflash bench --dataset humaneval --prompts 20       # from the hub; --dataset humaneval=FILE without one

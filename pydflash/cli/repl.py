@@ -173,7 +173,7 @@ class Repl:
         if n > len(places):
             raise ArgumentError(f"there are {len(places)} messages of yours to take back, not {n}")
         self._session.messages = messages[: places[-n]]
-        _say(f"{len(places) - n} messages of yours stand")
+        _say(f"messages of yours that stand: {len(places) - n}")
 
     def _think(self, text: str) -> None:
         self._thinking = _switch(text, "/think") if text else None

@@ -51,7 +51,7 @@ class Parser {
             in_.fail(0, "this is a Git LFS pointer, not the model it stands for: run `git lfs pull`");
         }
         if (magic != "GGUF") {
-            in_.fail(0, "a GGUF file begins with 'GGUF', this one with " + quoted(magic) + ": it is something else");
+            in_.fail(0, "a GGUF file begins with 'GGUF', this one with " + quoted(magic) + ": give the model's GGUF");
         }
         const auto version = in_.read<uint32_t>("the version");
         if (version != 0 && (version & 0xffff) == 0) {

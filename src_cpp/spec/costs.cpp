@@ -49,8 +49,8 @@ void Costs::see(int32_t row, Known & known, double ms) {
         n = std::min(n, is_plain && !as_before ? 0 : 1);
     }
     // Two of them follow each other then, and the shorter counts: a hiccup only lengthens.
-    const double ms_now = is_plain && n == 1 ? std::min(mean, ms) : moved(mean, ms, n);
-    known = {ms_now, 0, clock_, std::min(n + 1, n_counted)};
+    const bool second = is_plain && known.n == 1 && is_fresh(known);
+    known = {second ? std::min(mean, ms) : moved(mean, ms, n), 0, clock_, std::min(n + 1, n_counted)};
     known.plain = is_fresh(plain) ? plain.ms : 0;
 }
 
@@ -63,15 +63,19 @@ bool Costs::needs_plain(int32_t row) const {
     return clock_ - plain.last >= plain_every || plain.n < 2;
 }
 
-bool Costs::known(int32_t row, int32_t most) const {
-    const auto & pass = rows_[row].pass;
-    const auto seen = [](const Known & known) { return known.n > 0; };
-    return pass[0].ms > 0 && (most == 1 || std::any_of(pass.begin() + 1, pass.end(), seen));
+bool Costs::known(int32_t row, int32_t most, int32_t n_drafts) const {
+    const Steps & steps = rows_[row];
+    const auto seen = [](const Known & known) { return known.ms > 0; };
+    return steps.measured >= most && std::all_of(steps.draft.begin(), steps.draft.begin() + n_drafts, seen);
 }
 
 void Costs::saw_pass(int32_t row, int32_t size, double ms) {
     ++clock_;
-    see(row, rows_[row].pass[size], ms);
+    Known & pass = rows_[row].pass[size];
+    see(row, pass, ms);
+    if (pass.plain > pass.ms) { // plain passes were held up then, which does not say what the pace was
+        pass.plain = 0;
+    }
 }
 
 void Costs::saw_draft(int32_t row, int32_t size, double ms) {
@@ -98,7 +102,7 @@ int32_t Costs::stalest(int32_t row, int32_t most, int64_t & age) const {
     return oldest;
 }
 
-// Straight lines between the sizes that were measured; beyond them on along the last.
+// Straight lines between the sizes that were measured; beyond them on along the one from a plain pass to the last.
 void Costs::fill(int32_t row) {
     auto & pass = rows_[row].pass;
     const auto slope = [&](int32_t from, int32_t to) {
@@ -128,6 +132,7 @@ void Costs::fill(int32_t row) {
 // As they were seen, with the plain passes of then: at today's pace they would be taken along from pace to pace.
 void Costs::save(double * out) const {
     for (const Steps & steps : rows_) {
+        *out++ = steps.measured;
         for (const Known & known : steps.pass) {
             *out++ = known.ms;
             *out++ = known.plain;
@@ -145,7 +150,12 @@ bool Costs::load(const double * values) {
     Costs read;
     read.clock_ = kept_for;
     for (Steps & steps : read.rows_) {
-        const bool is_known = values[0] > 0;
+        const double measured = *values++;
+        const bool is_known = measured > 0;
+        if (!(measured >= 0 && measured <= pass_sizes.back())) {
+            return false;
+        }
+        steps.measured = (int32_t) measured;
         for (Known & known : steps.pass) {
             known.ms = *values++;
             known.plain = *values++;

@@ -1,8 +1,8 @@
-// What steps take on this machine, in milliseconds: a pass over so many nodes with its commit, and a draft of so many
-// depths, for every doubling of the context. Measured, then kept up to date by the steps themselves.
+// What steps take on this machine, in milliseconds: a pass over so many nodes, and a draft of so many depths, for every
+// doubling of the context. Measured, then kept up to date by the steps themselves, whose passes have a commit behind them.
 //
 // Passes come in a few sizes, each searched on its own: what a pass takes rises in steps, where matrix products work in
-// tiles, and no curve is assumed. Machines change their pace: what is not seen for a while goes along with plain passes.
+// tiles, and no curve is assumed of what was seen. Machines change their pace: what is not seen for a while goes along with plain passes.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +43,7 @@ class Costs {
 
     // The row of a context of n tokens; filled by measure().
     static int32_t row_of(int64_t n);
-    bool known(int32_t row, int32_t most) const; // for passes of at most so many nodes
+    bool known(int32_t row, int32_t most, int32_t n_drafts) const; // as measure() would have it
     Row row(int32_t row) const;
     double plain(int32_t row) const { return rows_[row].pass[0].ms; }
     // Whether the next pass should be a plain one: too long ago was the last, the yardstick of all.
@@ -51,8 +51,8 @@ class Costs {
 
     // time_pass(n_nodes) and time_draft(size) run one, of at most so many nodes, and give its time without the building of
     // a graph. n_drafts: of how many sizes there are drafts.
-    // Passes take about as long as 20 plain steps and 0.2 s; what is left then is drawn through what was measured, and gives
-    // way to the first step of its size.
+    // That stops after about 20 plain steps and 0.2 s; what is left then is drawn through what was measured, and gives way to
+    // the first step of its size.
     template <class TimePass, class TimeDraft>
     void measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && time_pass, TimeDraft && time_draft);
 
@@ -63,7 +63,7 @@ class Costs {
     int32_t stalest(int32_t row, int32_t most, int64_t & age) const;
 
     static constexpr int32_t n_rows = 10; // up to 1,024 tokens, 2,048, ...
-    static constexpr int32_t n_values = n_rows * (3 * n_pass_sizes + 2 * n_draft_sizes);
+    static constexpr int32_t n_values = n_rows * (1 + 3 * n_pass_sizes + 2 * n_draft_sizes);
     void save(double * out) const;
     bool load(const double * values); // false, and nothing has changed: they are no costs
 
@@ -77,6 +77,7 @@ class Costs {
     struct Steps {
         std::array<Known, n_pass_sizes> pass;
         std::array<Known, n_draft_sizes> draft;
+        int32_t measured = 0; // passes of at most so many nodes
     };
     double now(int32_t row, const Known & known) const;
     bool is_fresh(const Known & known) const;
@@ -121,6 +122,7 @@ void Costs::measure(int32_t row, int32_t most, int32_t n_drafts, TimePass && tim
         throw;
     }
     fill(row);
+    rows_[row].measured = most;
 }
 
 } // namespace pf

@@ -4,7 +4,7 @@ namespace pf {
 
 namespace {
 
-constexpr double layout = 3; // goes up with every change of what the numbers mean
+constexpr double layout = 4; // goes up with every change of what the numbers mean
 
 }
 

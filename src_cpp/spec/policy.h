@@ -19,7 +19,7 @@ class Policy {
   public:
     Costs costs;
 
-    // A step at n tokens begins; costs.known(row(), 1) must hold from here on.
+    // A step at n tokens begins; costs.known(row(), ...) must hold from here on.
     void begin(int64_t n);
     int32_t row() const { return row_; }
     // A size of at most so many nodes that may be measured again out of the time set aside, because it has long not been

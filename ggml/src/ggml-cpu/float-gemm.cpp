@@ -51,7 +51,7 @@ struct F32 : Real {
 };
 
 struct F16 : Real {
-    static constexpr int max_columns = 3; // with 8 rows: 6 with 4 turn every weight into a float for no more products
+    static constexpr int max_columns = 3; // twice as many with half the rows turn as many weights into floats
     static constexpr int n_bytes = 2 * n;
     static Lanes weights(const char * p) { return lanes_of_f16(p); }
     static void round(const float * x, float * to) { store_lanes(to, rounded_to_f16(lanes_of_floats(x))); }
@@ -90,15 +90,16 @@ struct BF16 : Real {
 
 // ---- columns -----------------------------------------------------------------------------------------------------
 
-// As a format has them. Their stride is no power of two: columns 4 KiB apart would share a few lines of the cache.
+// As a format has them. Their stride is an odd number of lines: columns 4 KiB apart would share a few lines of the cache.
 template <class F>
 struct Columns {
     using Column = typename F::Column;
+    static constexpr int64_t per_line = 64 / sizeof(Column);
     int64_t n, k, stride;
     Column * data = nullptr; // [n][stride]
 
     Columns(const ggml_tensor * src1, Scratch & scratch)
-        : n(src1->ne[1]), k(src1->ne[0]), stride(pad(k, 64 / sizeof(Column)) + 64 / sizeof(Column)) {
+        : n(src1->ne[1]), k(src1->ne[0]), stride((pad(k, per_line) / per_line | 1) * per_line) {
         data = scratch.take<Column>(n * stride);
     }
     void round(const ggml_tensor * src1, Range which) {
@@ -124,10 +125,10 @@ struct Fetch {
     }
 };
 
-// sums[c][r / 4]: rows r to r + 3 times column c, unfinished.
+// sums[c * kRows / 4 + r / 4]: rows r to r + 3 times column c, unfinished.
 template <class F, int rows, int columns>
 void multiply_tile(const char * const * row, const char * fetch, const typename F::Column * x, int64_t stride,
-                   int64_t k, Lanes (*sums)[kRows / 4]) {
+                   int64_t k, Lanes * sums) {
     Lanes sum[columns][rows];
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
@@ -162,7 +163,7 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
     for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r += 4) {
-            sums[c][r / 4] = sums_of_four(sum[c] + r);
+            sums[(c * kRows + r) / 4] = sums_of_four(sum[c] + r);
         }
     }
 }
@@ -172,13 +173,13 @@ template <class F, int columns>
 void multiply_columns(int n, const char * const * row, Fetch fetch, const Columns<F> & x, int64_t first, float * dst,
                       int64_t ldd) {
     constexpr int rows = rows_of_tile(columns);
-    Lanes sums[columns][kRows / 4];
+    Lanes sums[columns * kRows / 4] = {}; // beyond the last row: nothing
     for (int r = 0; r < n; r += rows) {
         multiply_tile<F, rows, columns>(row + r, fetch.beside(r, row), x.data + first * x.stride, x.stride, x.k,
-                                        (Lanes(*)[kRows / 4])(sums[0] + r / 4));
+                                        sums + r / 4);
     }
     for (int c = 0; c < columns; ++c) {
-        store_sums(dst + c * ldd, n, sums[c]);
+        store_sums(dst + c * ldd, n, sums + c * kRows / 4);
     }
 }
 

@@ -38,13 +38,15 @@ static inline void store_codes(float * to, __m128i codes, float scale) { // 16 o
     _mm512_storeu_ps(to, _mm512_mul_ps(x, _mm512_set1_ps(scale)));
 }
 
-// The sums of 4 vectors, unfinished; of the first n of the 16 that four times that comes from; of as many as have lanes.
+// Of v[4]: their sums over the lanes, unfinished.
 static inline Lanes sums_of_four(const Lanes * v) {
     return quarter_sums(v);
 }
+// Of four of those: the sums of the 16 vectors behind them, of which the first n are stored.
 static inline void store_sums(float * to, int n, const Lanes * fours) {
     _mm512_mask_storeu_ps(to, (__mmask16) ((1u << n) - 1), sums_of_quarters(fours));
 }
+// Lane i: the sum of v[i], of as many vectors as there are lanes.
 static inline Lanes sums_of_lanes(const Lanes * v) {
     return lane_sums(v);
 }
