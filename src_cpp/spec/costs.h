@@ -2,7 +2,8 @@
 // doubling of the context. Measured, then kept up to date by the steps themselves, whose passes have a commit behind them.
 //
 // Passes come in a few sizes, each searched on its own: what a pass takes rises in steps, where matrix products work in
-// tiles, and no curve is assumed of what was seen. Machines change their pace: what is not seen for a while goes along with plain passes.
+// tiles, and no curve is assumed of what was seen. Machines change their pace: what is not seen for a while goes along
+// with plain passes.
 #pragma once
 
 #include <algorithm>
