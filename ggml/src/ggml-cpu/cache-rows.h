@@ -17,7 +17,7 @@
 
 static inline void unpack_f16(const ggml_fp16_t * from, float * to, int64_t n) { // a call costs a fifth more
     for (int64_t i = 0; i < n; i += PF_FLOAT_LANES) {
-        store_lanes(to + i, lanes_of_f16(from + i));
+        tree_vec_store(to + i, lanes_of_f16(from + i));
     }
 }
 

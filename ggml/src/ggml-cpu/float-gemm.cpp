@@ -39,22 +39,22 @@ constexpr int rows_of_tile(int columns) {
 struct Real {
     using Column = float;
     static constexpr int n = PF_FLOAT_LANES;
-    static Lanes column(const float * x) { return lanes_of_floats(x); }
-    static Lanes multiply(Lanes sum, Lanes a, Lanes b) { return multiply_add(a, b, sum); }
+    static tree_vec column(const float * x) { return tree_vec_load(x); }
+    static tree_vec multiply(tree_vec sum, tree_vec a, tree_vec b) { return tree_vec_fma(sum, a, b); }
 };
 
 struct F32 : Real {
     static constexpr int max_columns = kWide ? 6 : 3;
     static constexpr int n_bytes = 4 * n;
-    static Lanes weights(const char * p) { return lanes_of_floats((const float *) p); }
-    static void round(const float * x, float * to) { store_lanes(to, lanes_of_floats(x)); }
+    static tree_vec weights(const char * p) { return tree_vec_load((const float *) p); }
+    static void round(const float * x, float * to) { tree_vec_store(to, tree_vec_load(x)); }
 };
 
 struct F16 : Real {
     static constexpr int max_columns = 3; // twice as many with half the rows turn as many weights into floats
     static constexpr int n_bytes = 2 * n;
-    static Lanes weights(const char * p) { return lanes_of_f16(p); }
-    static void round(const float * x, float * to) { store_lanes(to, rounded_to_f16(lanes_of_floats(x))); }
+    static tree_vec weights(const char * p) { return lanes_of_f16(p); }
+    static void round(const float * x, float * to) { tree_vec_store(to, rounded_to_f16(tree_vec_load(x))); }
 };
 
 #if defined(__AVX512BF16__)
@@ -64,9 +64,11 @@ struct BF16 {
     static constexpr int n = 32;
     static constexpr int max_columns = 6;
     static constexpr int n_bytes = 64;
-    static Lanes weights(const char * p) { return lanes_of_floats((const float *) p); }
-    static Lanes column(const ggml_bf16_t * x) { return lanes_of_floats((const float *) x); }
-    static Lanes multiply(Lanes sum, Lanes a, Lanes b) { return _mm512_dpbf16_ps(sum, (__m512bh) a, (__m512bh) b); }
+    static tree_vec weights(const char * p) { return tree_vec_load((const float *) p); }
+    static tree_vec column(const ggml_bf16_t * x) { return tree_vec_load((const float *) x); }
+    static tree_vec multiply(tree_vec sum, tree_vec a, tree_vec b) {
+        return _mm512_dpbf16_ps(sum, (__m512bh) a, (__m512bh) b);
+    }
     static void round(const float * x, ggml_bf16_t * to) {
         const __m512bh rounded = _mm512_cvtne2ps_pbh(_mm512_loadu_ps(x + 16), _mm512_loadu_ps(x));
         _mm512_storeu_si512(to, (__m512i) rounded);
@@ -78,7 +80,7 @@ struct BF16 {
 struct BF16 : Real {
     static constexpr int max_columns = 3;
     static constexpr int n_bytes = 2 * n;
-    static Lanes weights(const char * p) { return lanes_of_bf16(p); }
+    static tree_vec weights(const char * p) { return lanes_of_bf16(p); }
     static void round(const float * x, float * to) {
         for (int i = 0; i < n; ++i) {
             to[i] = GGML_BF16_TO_FP32(GGML_FP32_TO_BF16(x[i]));
@@ -128,13 +130,13 @@ struct Fetch {
 // sums[c * kRows / 4 + r / 4]: rows r to r + 3 times column c, unfinished.
 template <class F, int rows, int columns>
 void multiply_tile(const char * const * row, const char * fetch, const typename F::Column * x, int64_t stride,
-                   int64_t k, Lanes * sums) {
-    Lanes sum[columns][rows];
+                   int64_t k, tree_vec * sums) {
+    tree_vec sum[columns][rows];
 #pragma GCC unroll 8
     for (int c = 0; c < columns; ++c) {
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            sum[c][r] = no_lanes();
+            sum[c][r] = tree_vec_zero;
         }
     }
     int64_t at = 0;
@@ -144,14 +146,14 @@ void multiply_tile(const char * const * row, const char * fetch, const typename 
                 _mm_prefetch(fetch, _MM_HINT_T1);
             }
         }
-        Lanes column[columns];
+        tree_vec column[columns];
 #pragma GCC unroll 8
         for (int c = 0; c < columns; ++c) {
             column[c] = F::column(x + c * stride + i);
         }
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r) {
-            const Lanes weights = F::weights(row[r] + at);
+            const tree_vec weights = F::weights(row[r] + at);
             _mm_prefetch(row[r] + at + kSoon, _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int c = 0; c < columns; ++c) {
@@ -173,7 +175,7 @@ template <class F, int columns>
 void multiply_columns(int n, const char * const * row, Fetch fetch, const Columns<F> & x, int64_t first, float * dst,
                       int64_t ldd) {
     constexpr int rows = rows_of_tile(columns);
-    Lanes sums[columns * kRows / 4] = {}; // beyond the last row: nothing
+    tree_vec sums[columns * kRows / 4] = {}; // beyond the last row: nothing
     for (int r = 0; r < n; r += rows) {
         multiply_tile<F, rows, columns>(row + r, fetch.beside(r, row), x.data + first * x.stride, x.stride, x.k,
                                         sums + r / 4);

@@ -88,23 +88,23 @@ void score_tiles(int64_t n_keys, int64_t d, const float * query, const float * k
         for (int b = 0; b < tile_keys; ++b) {
             key[b] = keys + std::min(j + b, n_keys - 1) * stride; // beyond the last: the last again
         }
-        Lanes sum[n_sums] = {};
+        tree_vec sum[n_sums] = {};
         for (int64_t t = 0; t < d; t += PF_FLOAT_LANES) {
-            Lanes q[tile_rows];
+            tree_vec q[tile_rows];
             for (int a = 0; a < tile_rows; ++a) {
-                q[a] = lanes_of_floats(query + a * d + t);
+                q[a] = tree_vec_load(query + a * d + t);
             }
 #pragma GCC unroll 16
             for (int b = 0; b < tile_keys; ++b) {
-                const Lanes k = lanes_of_floats(key[b] + t);
+                const tree_vec k = tree_vec_load(key[b] + t);
 #pragma GCC unroll 4
                 for (int a = 0; a < tile_rows; ++a) {
-                    sum[a * tile_keys + b] = multiply_add(q[a], k, sum[a * tile_keys + b]);
+                    sum[a * tile_keys + b] = tree_vec_fma(sum[a * tile_keys + b], q[a], k);
                 }
             }
         }
         float sums[n_sums];
-        store_lanes(sums, sums_of_lanes(sum));
+        tree_vec_store(sums, sums_of_lanes(sum));
         for (int a = 0; a < tile_rows; ++a) {
             memcpy(scores + a * kKeys + j, sums + a * tile_keys, tile_keys * sizeof(float));
         }
