@@ -459,6 +459,7 @@ void Session::draft_logits(const int32_t * ids, uint64_t n, float * out) {
         throw Error(PF_ERR_ARGUMENT, "draft_logits: give at least the pending token");
     }
     check_ids(ids, n);
+    check_room(n, 0);
     reset();
     append(ids, n);
     reset_on_error([&] { runner_.draft_logits(pending(), n_, drafter_->block_size - 1, out); });
